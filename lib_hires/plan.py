@@ -1,0 +1,80 @@
+"""A plan: the patches of one run, in order, and who does not act and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from lib_hires.registry import TECHNIQUES
+from lib_hires.run import HIRES_PASS, IMG2IMG_PASS, Run
+from lib_hires.settings import FIRST, HIRES, Settings
+from lib_hires.technique import Patch, Refusal, Rest, Technique
+
+log = logging.getLogger("hires_plus")
+
+Selection = Mapping[str, Settings]  # enabled techniques by name
+Site = TypeVar("Site")
+
+
+@dataclass
+class Plan:
+    """Everything that was decided for one run."""
+
+    run: Run
+    patches: dict[str, Patch] = field(default_factory=dict)  # by technique name, in registry order
+    refused: dict[str, str] = field(default_factory=dict)  # title: reason
+    resting: dict[str, str] = field(default_factory=dict)
+
+    def at(self, site: type[Site]) -> list[Site]:
+        """The patches that act at a site, in order."""
+        return [patch for patch in self.patches.values() if isinstance(patch, site)]
+
+    def report(self) -> str:
+        """One log line: what is applied, with resolved noise levels and blocks, and what is not and why."""
+        titles = {technique.name: technique.title for technique in TECHNIQUES}
+        parts = [f"{titles[name]}: {patch.describe()}" for name, patch in self.patches.items()]
+        parts += [f"{title} rests: {reason}" for title, reason in self.resting.items()]
+        parts += [f"{title} REFUSED: {reason}" for title, reason in self.refused.items()]
+        height, width = self.run.latent
+        return f"[{self.run.pass_name}, {self.run.model.family}, latent {width}x{height}] " + "; ".join(parts)
+
+    def unfired(self) -> list[str]:
+        """Titles of techniques that were planned and never acted."""
+        return [t.title for t in TECHNIQUES if t.name in self.patches and not self.patches[t.name].fired]
+
+
+def make_plan(selection: Selection, run: Run) -> Plan:
+    """Begin every enabled technique for this run. Never raises: a technique that fails here is refused."""
+    plan = Plan(run)
+    for technique in TECHNIQUES:
+        if technique.name in selection:
+            _begin(technique, selection[technique.name], plan)
+    return plan
+
+
+def _begin(technique: Technique, settings: Settings, plan: Plan) -> None:
+    try:
+        _check_pass(settings, plan.run)
+        problem = settings.problem()
+        if problem:
+            raise Refusal(problem)
+        plan.patches[technique.name] = technique.begin(settings, plan.run)
+    except Rest as rest:
+        plan.resting[technique.title] = str(rest)
+    except Refusal as refusal:
+        plan.refused[technique.title] = str(refusal)
+    except Exception as error:  # a defect of ours must cost the user one technique, not the picture
+        log.exception("%s could not start", technique.title)
+        plan.refused[technique.title] = f"internal error: {error}"
+
+
+def _check_pass(settings: Settings, run: Run) -> None:
+    wanted = getattr(settings, "passes", None)
+    if wanted is None or run.pass_name == IMG2IMG_PASS:
+        return
+    if wanted == FIRST and run.pass_name == HIRES_PASS:
+        raise Rest("set to the first pass only")
+    if wanted == HIRES and run.pass_name != HIRES_PASS:
+        raise Rest("set to the hires pass only")

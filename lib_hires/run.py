@@ -1,0 +1,76 @@
+"""The facts of one sampling run, and of one denoiser call inside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lib_hires.noise import NoiseSchedule
+from lib_hires.topology import UNetTopology
+
+Size = tuple[int, int]  # (height, width)
+
+FIRST_PASS, HIRES_PASS, IMG2IMG_PASS = "first pass", "hires pass", "img2img"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the host knows of the loaded model."""
+
+    family: str  # for people: "SD 1.x", "SDXL", "SD3" ...
+    native: Size  # latent cells of the size that the model was trained for
+    schedule: NoiseSchedule
+    unet: UNetTopology | None  # None: not a UNet of the LDM family (a DiT, or a compiled replacement)
+    no_unet_reason: str = "this model is not a UNet"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One sampling run of one pass. Immutable.
+
+    `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
+    them; adaptive samplers give only their range.
+    """
+
+    host: str
+    pass_name: str
+    model: ModelFacts
+    latent: Size
+    sigmas: tuple[float, ...]
+    seed: int = 0
+
+    @property
+    def sigma_first(self) -> float:
+        return max(self.sigmas)
+
+    def elapsed(self, sigma: float) -> float:
+        """The fraction of this pass that lies behind at noise level sigma, in training time.
+
+        0 at the pass's own first sigma, 1 at sigma 0. A pass that starts at full noise thus counts like ComfyUI's
+        percent; a hires pass with denoise 0.5 counts its own half from 0 to 1.
+        """
+        first = self.model.schedule.timestep(self.sigma_first)
+        if first <= 0:
+            return 0.0
+        return min(max(1.0 - self.model.schedule.timestep(sigma) / first, 0.0), 1.0)
+
+    def sigma_at(self, fraction: float) -> float:
+        """Noise level at an elapsed fraction. Inverse of `elapsed`; infinity at 0 and 0 at 1, so bounds include all."""
+        if fraction <= 0:
+            return float("inf")
+        if fraction >= 1:
+            return 0.0
+        schedule = self.model.schedule
+        return schedule.sigma(schedule.timestep(self.sigma_first) * (1 - fraction))
+
+
+@dataclass
+class Call:
+    """One evaluation of the denoiser inside a run.
+
+    `sizes` holds the true (height, width) of the feature map inside each UNet block, by (side, index), filled while
+    the UNet runs: techniques that work on tokens read it and never guess a size from a token count.
+    """
+
+    sigma: float
+    step: int
+    sizes: dict[tuple[str, int], Size] = field(default_factory=dict)

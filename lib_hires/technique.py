@@ -1,0 +1,56 @@
+"""What a technique is: a declaration, and a function that makes its patch for one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib_hires.run import Run
+from lib_hires.settings import Settings
+
+
+class Refusal(Exception):
+    """The technique cannot act on this model or with these values. The text says why and what to change."""
+
+
+class Rest(Exception):
+    """Nothing to do in this run (a pass not chosen, a size at or below native). Told in the log, no warning."""
+
+
+class Patch:
+    """A technique at work in one run. Holds the run's state and dies with it. Derive also from the sites it uses."""
+
+    def __init__(self) -> None:
+        self.fired = 0  # how often it changed something; 0 at the end of a run is told as a warning
+
+    def describe(self) -> str:
+        """What was resolved, for the log line: blocks and noise levels."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Data for the small live plot: one value per step, and the name of the phase that each step belongs to."""
+
+    values: tuple[float, ...]
+    phases: tuple[str, ...]
+    low: float
+    high: float
+    caption: str
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One named system. `begin` raises `Refusal` or `Rest` where the technique does not act."""
+
+    name: str  # key in the API and in presets
+    title: str  # what people call it; prefix of its infotext keys
+    family: str  # heading under which the panel shows it
+    summary: str  # one sentence for a new user: what it does for the picture and when to use it
+    source: str  # paper or reference
+    settings: type[Settings]
+    begin: Callable[[Any, Run], Patch]
+    presets: Mapping[str, Settings] = field(default_factory=dict)
+    curve: Callable[[Any, Run], Curve] | None = None
+    cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"
