@@ -14,13 +14,18 @@ METHODS = (BICUBIC, BILINEAR, NEAREST_EXACT, AREA, BISLERP)
 _PARALLEL = 1 - 1e-5  # cosine beyond which two vectors count as parallel or opposed
 
 
+def map_size(h: Tensor) -> Size:
+    """(height, width) of a map [..., h, w]."""
+    return int(h.shape[-2]), int(h.shape[-1])
+
+
 def resize(x: Tensor, size: Size, method: str, antialias: bool = False) -> Tensor:
     """Resize maps [B, C, h, w] to `size` (height, width), in the dtype of x.
 
     `antialias` low-passes before shrinking (bicubic and bilinear only). A map that has the size already is returned
     as it is.
     """
-    if tuple(x.shape[-2:]) == tuple(size):
+    if map_size(x) == size:
         return x
     if method == BISLERP:
         return _bislerp(x, size)

@@ -1,6 +1,6 @@
 """One declaration per parameter.
 
-A technique's settings are a frozen dataclass whose fields are made with `toggle`, `integer`, `number`, `choice` and `text`.
+A technique's settings are a frozen dataclass of fields made with `toggle`, `integer`, `number`, `choice`, `text`.
 Everything that a user meets (component, infotext, X/Y/Z axis, preset, API key, parameter table, error text) derives
 from these declarations; nothing else repeats a range or a default.
 """

@@ -33,4 +33,4 @@ def unet_topology(unet: Any) -> UNetTopology | None:
 
 def _halves(block: Any) -> bool:
     """True for a strided Downsample, and for a ResBlock that downsamples (resblock_updown)."""
-    return any(type(layer).__name__ == "Downsample" or getattr(layer, "down", False) is True for layer in block.modules())
+    return any(type(layer).__name__ == "Downsample" or getattr(layer, "updown", False) for layer in block.modules())

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_hires.resize import BICUBIC, METHODS, resize, scaled_length
+from lib_hires.resize import BICUBIC, METHODS, map_size, resize, scaled_length
 from lib_hires.run import Call, Run, Size
 from lib_hires.settings import Settings, choice, integer, number, passes_choice, text, toggle
 from lib_hires.sites import FeatureMaps
@@ -207,8 +207,9 @@ class DeepShrinkPatch(Patch, FeatureMaps):
         return h
 
     def _resize(self, h: Tensor, scale: float, multiple: int, call: Call) -> Tensor:
-        size = tuple(scaled_length(n, scale, multiple) for n in h.shape[-2:])
-        if size == tuple(h.shape[-2:]):
+        height, width = map_size(h)
+        size = scaled_length(height, scale, multiple), scaled_length(width, scale, multiple)
+        if size == (height, width):
             return h
         self.fired += 1
         self._shrunk_in = call

@@ -1,0 +1,67 @@
+"""AUTOMATIC1111 WebUI: an LDM or SGM UNet at sd_model.model.diffusion_model, k-diffusion and timestep samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.hosts.webui import native_size, planned_sigmas
+from lib_hires.noise import NoiseSchedule
+from lib_hires.plan import Plan
+from lib_hires.run import Call, ModelFacts
+from lib_hires.topology import unet_topology
+
+
+class A1111:
+    name = "A1111"
+
+    def model_facts(self, sd_model: Any) -> ModelFacts:
+        family, native = _family(sd_model)
+        network = self.unet_identity(sd_model)
+        topology, reason = unet_topology(network), "this model is not a UNet"
+        if _replaced_unet():
+            topology, reason = None, "a compiled UNet (sd_unet) replaces the model's own"
+        schedule = NoiseSchedule.from_alphas_cumprod(sd_model.alphas_cumprod.float().cpu().tolist())
+        return ModelFacts(family, native_size(native), schedule, topology, reason)
+
+    def unet_identity(self, sd_model: Any) -> Any:
+        return getattr(getattr(sd_model, "model", None), "diffusion_model", None)
+
+    def call_sigma(self, params: Any, facts: ModelFacts) -> float:
+        level = float(params.sigma[0])
+        return facts.schedule.sigma(level) if _counts_timesteps(params.denoiser) else level
+
+    def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
+        return planned_sigmas(arguments, facts.schedule.sigma)
+
+    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call], Any]:
+        network = self.unet_identity(sd_model)
+        return lambda call: patched_unet(network, plan, call)
+
+
+ADAPTER = A1111()
+
+
+def _family(sd_model: Any) -> tuple[str, int]:
+    """(name, native latent side). SD 2.x models that predict v were trained at 768 px."""
+    if getattr(sd_model, "is_sdxl", False):
+        return "SDXL", 128
+    if getattr(sd_model, "is_sd3", False):
+        return "SD3", 128
+    if getattr(sd_model, "is_sd2", False):
+        return "SD 2.x", 96 if getattr(sd_model, "parameterization", "eps") == "v" else 64
+    return "SD 1.x", 64
+
+
+def _counts_timesteps(denoiser: Any) -> bool:
+    """DDIM, PLMS and UniPC hand the training timestep over as "sigma"."""
+    from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
+
+    return isinstance(denoiser, CFGDenoiserTimesteps)
+
+
+def _replaced_unet() -> bool:
+    from modules import sd_unet
+
+    return sd_unet.current_unet is not None

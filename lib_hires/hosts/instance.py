@@ -1,0 +1,23 @@
+"""A temporary attribute on one object, put back in `finally`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_MISSING = object()
+
+
+@contextmanager
+def instance_attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Set `target.name` to `value`; afterwards the object has exactly the instance attributes that it had before."""
+    before = vars(target).get(name, _MISSING)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(target, name)
+        else:
+            setattr(target, name, before)

@@ -1,0 +1,173 @@
+"""What A1111 and the Forge family share: a run is one call of the pass's own sampler function.
+
+`attach` wraps the function of the sampler that the host made for this pass. While it runs, the pass's denoiser carries
+a wrapped forward; the host's cfg_denoiser callback opens a call (it comes after a possible refiner switch and before
+the UNet), and the forward's `finally` closes it. All of it lives on objects that the host throws away, and is taken
+off again when the sampler function returns or raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from lib_hires.generation import Generation
+from lib_hires.hosts.instance import instance_attribute
+from lib_hires.plan import Plan, make_plan
+from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size
+
+log = logging.getLogger("hires_plus")
+
+_ORIGINAL = "hires_plus_original"
+_RUN = "hires_plus_run"
+
+
+class HostAdapter(Protocol):
+    """What differs between the hosts."""
+
+    name: str
+
+    def model_facts(self, sd_model: Any) -> ModelFacts: ...
+
+    def unet_identity(self, sd_model: Any) -> Any:
+        """Changes when the refiner, or another extension, swaps the network in the middle of a run."""
+
+    def call_sigma(self, params: Any, facts: ModelFacts) -> float:
+        """Noise level (VE scaling) of a cfg_denoiser callback."""
+
+    def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
+        """Noise levels of a run, from the arguments of the sampler function."""
+
+    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call], Any]:
+        """Prepare a plan on the current model; returns a function that opens a call as a context manager."""
+
+
+def attach(p: Any, generation: Generation) -> None:
+    """Make the pass that is about to be sampled a run. Idempotent: Forge calls the hook twice before a hires pass."""
+    if not generation.selection:
+        return
+    sampler = p.sampler
+    original = getattr(sampler.func, _ORIGINAL, sampler.func)
+
+    @functools.wraps(original)  # hosts read the function's signature to decide what to pass
+    def run_sampler(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler.func = original
+        if getattr(sampler.model_wrap_cfg, _RUN, None) is not None:  # another extension wrapped our wrapper
+            return original(model, x, *args, **kwargs)
+        with SamplingRun(adapter_for(p.sd_model), p, generation, x, kwargs).active():
+            return original(model, x, *args, **kwargs)
+
+    setattr(run_sampler, _ORIGINAL, original)
+    sampler.func = run_sampler
+
+
+def on_cfg_denoiser(params: Any) -> None:
+    """The host's callback before every UNet evaluation, registered once by the extension."""
+    run: SamplingRun | None = getattr(params.denoiser, _RUN, None)
+    if run is not None:
+        run.open_call(params)
+
+
+def adapter_for(sd_model: Any) -> HostAdapter:
+    from lib_hires.hosts import a1111, forge  # each imports its own host's modules
+
+    return forge.ADAPTER if hasattr(sd_model, "forge_objects") else a1111.ADAPTER
+
+
+class SamplingRun:
+    """One sampling run in a WebUI."""
+
+    def __init__(self, adapter: HostAdapter, p: Any, generation: Generation, x: Any, arguments: Mapping[str, Any]):
+        self._adapter = adapter
+        self._p = p
+        self._generation = generation
+        self._latent: Size = (int(x.shape[-2]), int(x.shape[-1]))
+        self._arguments = arguments
+        self._denoiser = p.sampler.model_wrap_cfg
+        self._network: Any = None
+        self._plan: Plan | None = None
+        self._open: Callable[[Call], Any] | None = None
+        self._call = ExitStack()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        original_forward = self._denoiser.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original_forward(*args, **kwargs)
+            finally:
+                self._call.close()
+
+        with instance_attribute(self._denoiser, _RUN, self), instance_attribute(self._denoiser, "forward", forward):
+            try:
+                yield
+                self._warn_unfired()
+            finally:
+                self._call.close()
+                self._finish_plan()
+
+    def open_call(self, params: Any) -> None:
+        """Begin one denoiser call: plan the run at the first one, and again after the network was swapped."""
+        self._call.close()
+        network = self._adapter.unet_identity(self._p.sd_model)
+        if self._plan is None or network is not self._network:
+            self._begin_plan(network)
+        assert self._plan is not None
+        if self._open is not None:
+            call = Call(self._adapter.call_sigma(params, self._plan.run.model), int(self._denoiser.step))
+            self._call.enter_context(self._open(call))
+
+    def _begin_plan(self, network: Any) -> None:
+        self._finish_plan()
+        self._network = network
+        self._plan = make_plan(self._generation.selection, self._facts())
+        self._open = self._adapter.installation(self._p.sd_model, self._plan) if self._plan.patches else None
+        log.info(self._plan.report())
+
+    def _facts(self) -> Run:
+        model = self._adapter.model_facts(self._p.sd_model)
+        return Run(
+            host=self._adapter.name,
+            pass_name=_pass_name(self._p),
+            model=model,
+            latent=self._latent,
+            sigmas=self._adapter.sigmas(self._p.sampler, self._arguments, model),
+            seed=int(self._p.seeds[0]) if getattr(self._p, "seeds", None) else 0,
+        )
+
+    def _finish_plan(self) -> None:
+        if self._plan is not None:
+            self._generation.finish_run(self._plan)
+
+    def _warn_unfired(self) -> None:
+        for title in self._plan.unfired() if self._plan else []:
+            log.warning(f"{title} is on but never acted in this pass: no step fell into its window, or no size changed")
+
+
+def _pass_name(p: Any) -> str:
+    if getattr(p, "is_hr_pass", False):
+        return HIRES_PASS
+    return FIRST_PASS if hasattr(p, "enable_hr") else IMG2IMG_PASS
+
+
+def native_size(default_latent: int) -> Size:
+    """Native latent size: the user's option (pixels; 0 = automatic) or the model family's own."""
+    from modules import shared
+
+    pixels = int(shared.opts.data.get("hires_plus_native_size", 0) or 0)
+    side = pixels // 8 if pixels > 0 else default_latent
+    return side, side
+
+
+def planned_sigmas(arguments: Mapping[str, Any], to_sigma: Callable[[float], float]) -> tuple[float, ...]:
+    """Noise levels that a sampler function was given: `sigmas`, `sigma_sched`, `timesteps` or a range."""
+    for name in ("sigmas", "sigma_sched"):
+        if arguments.get(name) is not None:
+            return tuple(float(s) for s in arguments[name])
+    if arguments.get("timesteps") is not None:
+        return tuple(sorted((to_sigma(float(t)) for t in arguments["timesteps"]), reverse=True))
+    return float(arguments["sigma_max"]), float(arguments["sigma_min"])
