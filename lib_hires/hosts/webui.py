@@ -9,6 +9,7 @@ off again when the sampler function returns or raises.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -57,7 +58,9 @@ def attach(p: Any, generation: Generation) -> None:
         sampler.func = original
         if getattr(sampler.model_wrap_cfg, _RUN, None) is not None:  # another extension wrapped our wrapper
             return original(model, x, *args, **kwargs)
-        with SamplingRun(adapter_for(p.sd_model), p, generation, x, kwargs).active():
+        # by name, however they came: some samplers take n or a range, and some callers pass sigmas by position
+        arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments
+        with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments).active():
             return original(model, x, *args, **kwargs)
 
     setattr(run_sampler, _ORIGINAL, original)

@@ -117,7 +117,8 @@ class Bench:
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
-            round(side * request.hires_scale / LATENT_FACTOR) * LATENT_FACTOR for side in (request.height, request.width)
+            round(side * request.hires_scale / LATENT_FACTOR) * LATENT_FACTOR
+            for side in (request.height, request.width)
         )
         images = F.interpolate(self.models.vae.decode(latents), size=(height, width), mode="bicubic").clamp(0, 1)
         request = replace(request, steps=request.hires_steps or request.steps)
