@@ -1,0 +1,226 @@
+"""The bench's main job: the same prompts at native size, naively larger, and larger with techniques; counted and shown.
+
+./dev bench                    12 pictures a row, about two minutes
+./dev bench --rows all --pictures 120   the published table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib_hires.generation import Generation
+from lib_hires.hosts.bench.contact_sheet import contact_sheet
+from lib_hires.hosts.bench.counter import count_objects, wilson_interval
+from lib_hires.hosts.bench.model import NATIVE_SIZE, load_models
+from lib_hires.hosts.bench.pipeline import Bench, Request
+from lib_hires.hosts.bench.scenes import CAPTIONS
+from lib_hires.registry import BY_NAME
+
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a size, and the presets of the techniques that are on."""
+
+    title: str
+    width: int
+    height: int
+    presets: tuple[tuple[str, str], ...] = ()  # (technique, preset)
+
+    def generation(self) -> Generation:
+        return Generation({name: BY_NAME[name].presets[preset] for name, preset in self.presets})
+
+
+_N = NATIVE_SIZE
+_HARD_CUT = (("deep_shrink", "2x, hard cut"),)
+_GRADUAL = (("deep_shrink", "Default (2x, gradual)"),)
+_FIRST = (("deep_shrink", "2x, composition first"),)
+
+ROWS: dict[str, Row] = {
+    "native": Row("native", _N, _N),
+    "naive": Row("naive 2x", 2 * _N, 2 * _N),
+    "hard-cut": Row("DeepShrink 2x, hard cut", 2 * _N, 2 * _N, _HARD_CUT),
+    "deep-shrink": Row("DeepShrink 2x, gradual", 2 * _N, 2 * _N, _GRADUAL),
+    "composition": Row("DeepShrink 2x, composition first", 2 * _N, 2 * _N, _FIRST),
+    "naive-wide": Row("naive 1x2", 2 * _N, _N),
+    "deep-shrink-wide": Row("DeepShrink 1x2, composition first", 2 * _N, _N, _FIRST),
+}
+DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
+
+
+@dataclass
+class Outcome:
+    """What a row gave: pictures in prompt order, objects counted in each, and what it cost."""
+
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    unet_calls: int = 0
+
+    @property
+    def errors(self) -> int:
+        return sum(count != 1 for count in self.counts.values())
+
+
+@dataclass(frozen=True)
+class Task:
+    row: str
+    indices: tuple[int, ...]
+    steps: int
+    cfg_scale: float
+    sampler: str
+
+
+def prompt(index: int) -> str:
+    """Balanced over all captions; the seed of picture `index` is `index` in every row, so rows are paired."""
+    return CAPTIONS[(index * 7) % len(CAPTIONS)]
+
+
+_bench: Bench | None = None
+
+
+def _load(weights: str) -> None:
+    global _bench  # noqa: PLW0603 - one model per worker process
+    torch.set_num_threads(1)
+    _bench = Bench(load_models(weights))
+
+
+def _draw(task: Task) -> tuple[Task, np.ndarray, float, int]:
+    assert _bench is not None
+    row = ROWS[task.row]
+    request = Request(
+        prompts=tuple(prompt(index) for index in task.indices),
+        seeds=task.indices,
+        width=row.width,
+        height=row.height,
+        steps=task.steps,
+        cfg_scale=task.cfg_scale,
+        sampler=task.sampler,
+    )
+    result = _bench.generate(request, row.generation())
+    pictures = (result.images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    return task, pictures, result.seconds, result.unet_calls
+
+
+def draw_rows(rows: Sequence[str], options: argparse.Namespace) -> dict[str, Outcome]:
+    """Draw all pictures in worker processes, one per core, with a progress bar."""
+    outcomes = {row: Outcome() for row in rows}
+    tasks = list(_tasks(rows, options))
+    workers = min(options.workers, len(tasks))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load, initargs=(str(options.weights),))
+    total = len(rows) * options.pictures
+    with pool, tqdm(total=total, unit="picture", smoothing=0) as bar:
+        for done in as_completed([pool.submit(_draw, task) for task in tasks]):
+            task, pictures, seconds, calls = done.result()
+            outcome = outcomes[task.row]
+            outcome.seconds += seconds
+            outcome.unet_calls += calls * len(task.indices)
+            for index, picture in zip(task.indices, pictures, strict=True):
+                outcome.pictures[index] = picture
+                outcome.counts[index] = count_objects(picture, _colour(index)).count
+            bar.set_description(ROWS[task.row].title)
+            bar.update(len(task.indices))
+    return outcomes
+
+
+def _colour(index: int) -> str:
+    return prompt(index).split()[-2]
+
+
+def _tasks(rows: Sequence[str], options: argparse.Namespace) -> Iterator[Task]:
+    # the large pictures first: the small ones then fill the gaps at the end
+    for row in sorted(rows, key=lambda name: -ROWS[name].width * ROWS[name].height):
+        for start in range(0, options.pictures, BATCH):
+            indices = tuple(range(start, min(start + BATCH, options.pictures)))
+            yield Task(row, indices, options.steps, options.cfg_scale, options.sampler)
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """The result as text: errors with Wilson 95 % intervals, objects, seconds and UNet calls per picture."""
+    head = f"{'':34} {'size':>9} {'wrong':>9} {'rate':>6}  {'95 % interval':14} {'objects':>7} "
+    head += f"{'s/picture':>9} {'UNet calls':>10}"
+    lines = [head]
+    for name, outcome in outcomes.items():
+        row, n = ROWS[name], len(outcome.counts)
+        low, high = wilson_interval(outcome.errors, n)
+        interval = f"{low:.1%} - {high:.1%}"
+        mean = sum(outcome.counts.values()) / n
+        lines.append(
+            f"{row.title:34} {f'{row.width}x{row.height}':>9} {f'{outcome.errors}/{n}':>9} {outcome.errors / n:6.1%}  "
+            f"{interval:14} {mean:7.2f} {outcome.seconds / n:9.2f} {outcome.unet_calls / n:10.1f}"
+        )
+    return "\n".join(lines)
+
+
+def as_json(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
+    rows = {
+        name: {
+            "title": ROWS[name].title,
+            "size": [ROWS[name].width, ROWS[name].height],
+            "presets": dict(ROWS[name].presets),
+            "errors": outcome.errors,
+            "pictures": len(outcome.counts),
+            "interval": wilson_interval(outcome.errors, len(outcome.counts)),
+            "counts": [outcome.counts[index] for index in sorted(outcome.counts)],
+            "seconds_per_picture": outcome.seconds / len(outcome.counts),
+            "unet_calls_per_picture": outcome.unet_calls / len(outcome.counts),
+        }
+        for name, outcome in outcomes.items()
+    }
+    settings = {"steps": options.steps, "cfg_scale": options.cfg_scale, "sampler": options.sampler}
+    return json.dumps({"settings": settings, "rows": rows}, indent=1)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
+    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}, or all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    parser.add_argument("--sampler", default="Euler")
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/bench"), help="folder for the contact sheet and the numbers"
+    )
+    options = parser.parse_args(arguments)
+    options.rows = list(ROWS) if options.rows == "all" else options.rows.split(",")
+    unknown = [row for row in options.rows if row not in ROWS]
+    if unknown:
+        parser.error(f"unknown rows {', '.join(unknown)}: choose from {', '.join(ROWS)}, or all")
+    if options.pictures < 1 or options.steps < 1:
+        parser.error(f"--pictures {options.pictures} and --steps {options.steps} must be at least 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    outcomes = draw_rows(options.rows, options)
+    print(table(outcomes))
+    options.out.mkdir(parents=True, exist_ok=True)
+    sheet = options.out / "contact_sheet.png"
+    shown = range(min(8, options.pictures))
+    contact_sheet(
+        [(ROWS[name].title, [outcome.pictures[i] for i in shown]) for name, outcome in outcomes.items()],
+        [prompt(index) for index in shown],
+    ).save(sheet)
+    (options.out / "numbers.json").write_text(as_json(outcomes, options))
+    print(f"\nContact sheet: {sheet.resolve()}\nNumbers: {(options.out / 'numbers.json').resolve()}")
+
+
+if __name__ == "__main__":
+    main()
