@@ -163,7 +163,7 @@ def _stripe_shade(scenes: Sequence[Scene], x: Tensor, y: Tensor, pixel: Tensor) 
 def _object_mask(scenes: Sequence[Scene], x: Tensor, y: Tensor, pixel: Tensor) -> Tensor:
     """Coverage of the object per pixel at object coordinates in radii, (B,H,W)."""
     mask = x.new_zeros(torch.broadcast_shapes(x.shape, y.shape))
-    for shape in set(scene.shape for scene in scenes):
+    for shape in {scene.shape for scene in scenes}:
         chosen = torch.tensor([index for index, scene in enumerate(scenes) if scene.shape == shape])
         mask[chosen] = _coverage(shape_distance(shape, x[chosen], y[chosen]) / pixel[chosen])
     return mask

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
+import itertools
 import json
 import re
 import zlib
@@ -97,7 +98,7 @@ def split_word(word: str) -> list[str]:
     parts = [alphabet[byte] for byte in word.encode("utf-8")]
     parts[-1] += "</w>"
     while len(parts) > 1:
-        pairs = list(zip(parts, parts[1:]))
+        pairs = list(itertools.pairwise(parts))
         best = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
         if pairs[best] not in ranks:
             break
@@ -172,7 +173,8 @@ def build_text_model() -> nn.Module:
 
 def text_state_dict() -> dict[str, Tensor]:
     """The text model's weights under the names that SD 1.x checkpoints use after `cond_stage_model.transformer.`."""
-    weights = {"text_model." + plain_name(name): p.detach().clone() for name, p in build_text_model().named_parameters()}
+    parameters = build_text_model().named_parameters()
+    weights = {"text_model." + plain_name(name): value.detach().clone() for name, value in parameters}
     weights["text_model.embeddings.position_ids"] = torch.arange(TOKENS)[None]
     return weights
 

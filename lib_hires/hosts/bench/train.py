@@ -17,7 +17,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,24 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_hires.hosts.bench import model as bench_model
 from lib_hires.hosts.bench import scenes
+from lib_hires.hosts.bench.counter import count_objects, wilson_interval
+from lib_hires.hosts.bench.text import TextEncoder
 
 RUN_DIR = Path("out/bench_train")
+POOL_SIZE = 20_000
+POOL_SEED = 1_000
+UNCONDITIONAL_RATE = 0.1
+SHAPE_COLOUR_PAIRS = [(shape, colour) for colour in scenes.COLOURS for shape in scenes.SHAPES]
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def average_gradients(parameters: list[nn.Parameter], workers: int) -> None:
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)
     flat /= workers
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
 
@@ -93,6 +100,7 @@ def save_half(module: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}, partial)
+    partial.chmod(0o644)  # safetensors writes private files
     partial.replace(path)
 
 
@@ -115,7 +123,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.last_loss = 0, 0.0, math.nan
         self.checkpoint = settings.run_dir / f"{name}.pt"
         if self.checkpoint.exists():
             self._resume()
@@ -125,7 +133,7 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.last_loss = state["step"], state["seconds"], state["last_loss"]
 
     def save(self) -> None:
         """Write the resumable checkpoint and the averaged weights that the bench loads."""
@@ -138,6 +146,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "last_loss": self.last_loss,
         }
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
@@ -175,9 +184,23 @@ class Trainer:
         return float(loss.detach())
 
     def _report(self, losses: list[float]) -> None:
+        self.last_loss = sum(losses) / len(losses)
         if self.rank == 0:
-            mean = sum(losses) / len(losses)
-            print(f"{self.name} step {self.step} loss {mean:.4f} {self.seconds / self.step:.3f} s/step", flush=True)
+            pace = f"{self.seconds / self.step:.3f} s/step"
+            print(f"{self.name} step {self.step} loss {self.last_loss:.4f} {pace}", flush=True)
+
+
+def run_summary(trainer: Trainer) -> dict[str, Any]:
+    """What a training run was, for the metrics file."""
+    settings = trainer.settings
+    return {
+        "seed": settings.seed,
+        "steps": trainer.step,
+        "batch": settings.batch * settings.workers,
+        "seconds": round(trainer.seconds),
+        "parameters": sum(parameter.numel() for parameter in trainer.parameters),
+        "last_loss": round(trainer.last_loss, 4),
+    }
 
 
 # --------------------------------------------------------------------------------------------------- autoencoder
@@ -215,6 +238,66 @@ def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
+OFFSET = 2.0
+LATENT_GAIN = 3.0
+
+
+def signed_pairs(weight: Tensor, bias: Tensor, tap: Tensor, offset: float) -> None:
+    """Let a convolution carry its first three inputs in channel pairs (x + offset, -x - offset)."""
+    weight[:6] = 0
+    for k in range(3):
+        weight[2 * k, k], weight[2 * k + 1, k] = tap, -tap
+        bias[2 * k], bias[2 * k + 1] = offset, -offset
+
+
+def keep_pairs(weight: Tensor, bias: Tensor, tap: Tensor) -> None:
+    """Let a convolution pass the six channels of the pairs on unchanged."""
+    weight[:6], bias[:6] = 0, 0
+    for k in range(6):
+        weight[k, k] = tap
+
+
+def read_pairs(weight: Tensor, bias: Tensor, tap: Tensor, gain: float) -> None:
+    """Let a convolution behind norm and SiLU turn the pairs back into three signals: silu(a) - silu(-a) = a."""
+    weight[:3] *= 0.1
+    weight[:3, :6] = 0
+    for k in range(3):
+        weight[k, 2 * k], weight[k, 2 * k + 1] = gain * tap, -gain * tap
+        bias[k] = -gain
+
+
+@torch.no_grad()
+def start_as_colour_average(autoencoder: Any) -> None:
+    """Initialise the autoencoder so that three latent channels hold each patch's mean colour.
+
+    From ordinary random weights colour emerges only after thousands of steps. The offset of the pairs makes the group
+    norms, which see one pair each, keep the signal's scale.
+    """
+    centre, mean = torch.zeros(3, 3), torch.zeros(3, 3)
+    centre[1, 1], mean[:2, :2] = 1, 0.25
+    encoder, decoder = autoencoder.encoder, autoencoder.decoder
+    signed_pairs(encoder.conv_in.weight, encoder.conv_in.bias, centre, OFFSET)
+    signed_pairs(decoder.conv_in.weight, decoder.conv_in.bias, centre * OFFSET / LATENT_GAIN, OFFSET)
+    for name, module in autoencoder.named_modules():
+        if name.endswith(("downsample.conv", "upsample.conv")):
+            keep_pairs(module.weight, module.bias, mean if "down" in name else centre)
+        elif name.endswith(("conv2", "proj_out")):
+            module.weight[:6], module.bias[:6] = 0, 0
+    read_pairs(encoder.conv_out.weight, encoder.conv_out.bias, centre, LATENT_GAIN)
+    encoder.conv_out.weight[4:], encoder.conv_out.bias[4:] = 0, -5  # small posterior variance
+    read_pairs(decoder.conv_out.weight, decoder.conv_out.bias, centre, OFFSET)
+    for convolution in (autoencoder.quant_conv, autoencoder.post_quant_conv):
+        convolution.weight.copy_(torch.eye(len(convolution.weight))[:, :, None, None])
+        convolution.bias.zero_()
+
+
+def build_initial_vae() -> nn.Module:
+    """The autoencoder as training starts with it."""
+    autoencoder = bench_model.build_autoencoder()
+    start_as_colour_average(autoencoder)
+    return autoencoder
+
+
 def vae_loss(autoencoder: Any, images: Tensor, generator: torch.Generator) -> Tensor:
     """Pixel and edge errors plus a KL term just large enough to keep latents bounded and smooth."""
     target = images * 2 - 1
@@ -224,12 +307,13 @@ def vae_loss(autoencoder: Any, images: Tensor, generator: torch.Generator) -> Te
     output = autoencoder.decode(latents).float()
     error = output - target
     divergence = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-    return error.abs().mean() + 2 * (error**2).mean() + edge_loss(output, target) + 2e-4 * divergence
+    # The squared error leads: to absolute errors alone the median, grey, is a good guess for a colour.
+    return 6 * (error**2).mean() + 0.5 * error.abs().mean() + 0.5 * edge_loss(output, target) + 1e-4 * divergence
 
 
 def train_vae(settings: Settings, rank: int) -> None:
     """Train the autoencoder and store the factor that scales its latents to unit deviation."""
-    trainer = Trainer("vae", bench_model.build_autoencoder, settings, rank)
+    trainer = Trainer("vae", build_initial_vae, settings, rank)
 
     def loss_of(module: nn.Module, step: int, generator: torch.Generator) -> Tensor:
         return vae_loss(module, vae_batch(step, settings.batch, generator), generator)
@@ -246,13 +330,17 @@ def finish_vae(settings: Settings, trainer: Trainer) -> None:
     scale_factor = round(1 / float(raw.std()), 5)
     update_json(settings.weights_dir / "config.json", scale_factor=scale_factor)
     vae = bench_model.Vae(trainer.average, scale_factor)
-    metrics = {"steps": trainer.step, "seconds": round(trainer.seconds), "seed": settings.seed, "psnr_db": {}}
-    for factor, count in ((1, 32), (2, 16), (4, 4)):
-        size = factor * bench_model.NATIVE_SIZE
-        images = scenes.render_batch(scenes.sample_scenes(8, count), size, size)
-        metrics["psnr_db"][f"{factor}x"] = round(psnr(vae.decode(vae.encode(images)), images), 2)
-    print(metrics, "scale_factor", scale_factor, flush=True)
-    update_json(settings.weights_dir / "metrics.json", vae=metrics)
+    quality = {f"{factor}x": round(reconstruction_psnr(vae, factor, 32 // factor), 2) for factor in (1, 2, 4)}
+    print("psnr_db", quality, "scale_factor", scale_factor, flush=True)
+    summary = {**run_summary(trainer), "psnr_db": quality}
+    update_json(settings.weights_dir / "metrics.json", vae=summary)
+
+
+def reconstruction_psnr(vae: bench_model.Vae, factor: int, count: int) -> float:
+    """PSNR in dB of scenes at `factor` times the native size after encoding and decoding."""
+    size = factor * bench_model.NATIVE_SIZE
+    images = scenes.render_batch(scenes.sample_scenes(8, count), size, size)
+    return psnr(vae.decode(vae.encode(images)), images)
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
@@ -260,7 +348,129 @@ def psnr(image: Tensor, reference: Tensor) -> float:
     return -10 * math.log10(float(F.mse_loss(image, reference)))
 
 
+# ------------------------------------------------------------------------------------------------------- latents
+
+
+def encode_pool(settings: Settings, rank: int) -> None:
+    """Encode this worker's share of the training scenes, so that the UNet's training never waits for the encoder."""
+    share = POOL_SIZE // settings.workers
+    source = scenes.sample_scenes(POOL_SEED + settings.seed, POOL_SIZE)[rank * share : (rank + 1) * share]
+    vae = bench_model.load_vae(settings.weights_dir)
+    size = bench_model.NATIVE_SIZE
+    parts = [vae.encode(scenes.render_batch(source[i : i + 32], size, size)) for i in range(0, len(source), 32)]
+    pairs = torch.tensor([SHAPE_COLOUR_PAIRS.index((scene.shape, scene.colour)) for scene in source])
+    torch.save({"latents": torch.cat(parts), "pairs": pairs}, settings.run_dir / f"pool-{rank}.pt")
+
+
+def load_pool(run_dir: Path) -> tuple[Tensor, Tensor]:
+    """All encoded scenes: latents (N,4,16,16) and the number of their shape and colour (N,)."""
+    parts = [torch.load(path, weights_only=True) for path in sorted(run_dir.glob("pool-*.pt"))]
+    return torch.cat([part["latents"] for part in parts]), torch.cat([part["pairs"] for part in parts])
+
+
+def encode_captions() -> Tensor:
+    """Encodings of every caption in every form, (forms*24 + 1, 77, C); the last is the empty prompt's."""
+    captions = [
+        form.format(shape=shape, colour=colour) for form in scenes.CAPTION_FORMS for shape, colour in SHAPE_COLOUR_PAIRS
+    ]
+    return TextEncoder().encode([*captions, ""])
+
+
+# ---------------------------------------------------------------------------------------------------------- UNet
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The UNet's task: predict the noise in a scene's latents from its caption."""
+
+    latents: Tensor
+    pairs: Tensor
+    contexts: Tensor
+    alphas: Tensor
+    batch: int
+
+    def pick_contexts(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Encodings of the rows' captions in a random form, (B,77,C); some are the empty prompt's."""
+        forms = torch.randint(len(scenes.CAPTION_FORMS), rows.shape, generator=generator)
+        captions = forms * len(SHAPE_COLOUR_PAIRS) + self.pairs[rows]
+        dropped = torch.rand(rows.shape, generator=generator) < UNCONDITIONAL_RATE
+        return self.contexts[torch.where(dropped, len(self.contexts) - 1, captions)]
+
+    def loss(self, unet: nn.Module, step: int, generator: torch.Generator) -> Tensor:
+        """Mean squared error of the predicted noise at random times."""
+        rows = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        times = torch.randint(bench_model.TRAIN_STEPS, (self.batch,), generator=generator)
+        clean = self.latents[rows]
+        noise = torch.randn(clean.shape, generator=generator)
+        alpha = self.alphas[times][:, None, None, None]
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        predicted = unet(noisy, times, context=self.pick_contexts(rows, generator))
+        return F.mse_loss(predicted.float(), noise)
+
+
+def train_unet(settings: Settings, rank: int) -> None:
+    """Train the UNet on the encoded scenes."""
+    latents, pairs = load_pool(settings.run_dir)
+    task = Denoising(latents, pairs, encode_captions(), bench_model.alphas_cumprod(), settings.batch)
+    trainer = Trainer("unet", bench_model.build_unet, settings, rank)
+    trainer.run(task.loss)
+    if rank == 0:
+        update_json(settings.weights_dir / "metrics.json", unet=run_summary(trainer))
+
+
+# --------------------------------------------------------------------------------------------------- measurement
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (B,3,H,W) in 0..1 as (B,H,W,3) uint8."""
+    return (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+
+
+def count_errors(models: bench_model.BenchModels, factor: int, count: int, batch: int = 8) -> dict[str, Any]:
+    """Sample `count` balanced captions at `factor` times the native size and count their objects."""
+    side = factor * bench_model.NATIVE_SIZE // bench_model.LATENT_FACTOR
+    results = []
+    for start in range(0, count, batch):
+        numbers = range(start, min(start + batch, count))
+        colours = [SHAPE_COLOUR_PAIRS[n % len(SHAPE_COLOUR_PAIRS)][1] for n in numbers]
+        prompts = [scenes.CAPTIONS[n % len(scenes.CAPTIONS)] for n in numbers]
+        noise = bench_model.initial_noise([10_000 + n for n in numbers], side, side)
+        images = to_uint8(models.vae.decode(bench_model.sample_ddim(models, prompts, noise)))
+        results += [count_objects(image, colour) for image, colour in zip(images, colours, strict=True)]
+    wrong = sum(not result.is_single for result in results)
+    wrong_any = sum(result.any_colour_count != 1 for result in results)
+    return {
+        "n": count,
+        "count_error": round(wrong / count, 4),
+        "wilson_95": [round(bound, 4) for bound in wilson_interval(wrong, count)],
+        "any_colour_count_error": round(wrong_any / count, 4),
+        "mean_count": round(sum(result.count for result in results) / count, 3),
+        "main_object_area": round(sum(result.area for result in results) / count, 4),
+        "sampler": "DDIM 25 steps, guidance 3",
+    }
+
+
+def measure(settings: Settings, rank: int) -> None:
+    """Measure the stored weights: count errors at the native size and, untreated, at twice that size."""
+    models = bench_model.load_models(settings.weights_dir)
+    for name, factor, count in (("base", 1, 240), ("naive_2x", 2, 96)):
+        result = count_errors(models, factor, count)
+        print(name, result, flush=True)
+        update_json(settings.weights_dir / "metrics.json", **{name: result})
+
+
 # -------------------------------------------------------------------------------------------------- command line
+
+COMMANDS: dict[str, Callable[[Settings, int], None]] = {
+    "vae": train_vae,
+    "latents": encode_pool,
+    "unet": train_unet,
+    "measure": measure,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "vae": {"steps": 2000, "batch": 16, "ema_decay": 0.995, "warmup": 50, "save_every": 200},
+    "unet": {"steps": 5000, "batch": 32, "ema_decay": 0.999, "warmup": 100, "save_every": 250},
+}
 
 
 def worker(rank: int, command: str, settings: Settings) -> None:
@@ -269,21 +479,35 @@ def worker(rank: int, command: str, settings: Settings) -> None:
     if settings.workers > 1:
         store = f"file://{(settings.run_dir / 'rendezvous').absolute()}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=settings.workers)
-    {"vae": train_vae}[command](settings, rank)
+    COMMANDS[command](settings, rank)
+
+
+def parse_arguments() -> tuple[str, Settings]:
+    """Read the command and its settings from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="length of the run and of its learning-rate schedule")
+    parser.add_argument("--batch", type=int, help="images per step and worker")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
+    parser.add_argument("--weights-dir", type=Path, default=bench_model.WEIGHTS_DIR)
+    options = vars(parser.parse_args())
+    command = options.pop("command")
+    defaults = DEFAULTS.get(command, DEFAULTS["unet"]) | {"learning_rate": 1.5e-3, "weight_decay": 1e-4}
+    given = {name: value for name, value in options.items() if value is not None}
+    return command, Settings(**{**defaults, **given})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["vae"])
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--run-dir", type=Path, default=RUN_DIR)
-    parser.add_argument("--weights-dir", type=Path, default=bench_model.WEIGHTS_DIR)
-    a = parser.parse_args()
-    a.run_dir.mkdir(parents=True, exist_ok=True)
-    (a.run_dir / "rendezvous").unlink(missing_ok=True)
-    s = Settings(0, a.steps, 16, 1e-3, 1e-4, 50, 0.995, a.workers, 200, a.run_dir, a.weights_dir)
-    mp.spawn(worker, (a.command, s), nprocs=a.workers) if a.workers > 1 else worker(0, a.command, s)
+    """Entry point."""
+    command, settings = parse_arguments()
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    (settings.run_dir / "rendezvous").unlink(missing_ok=True)
+    if settings.workers > 1:
+        mp.spawn(worker, (command, settings), nprocs=settings.workers)
+    else:
+        worker(0, command, settings)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The bench's model: scenes, counter, text encoder, trained weights."""
