@@ -1,0 +1,1 @@
+"""End-to-end tests against a running WebUI; see docs/testing.md."""

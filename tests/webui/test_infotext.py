@@ -1,0 +1,105 @@
+"""Infotext: what is written comes back as the same picture, and a text without our keys switches us off."""
+
+from __future__ import annotations
+
+import pytest
+
+from .client import BASE, same, shrink
+
+ROUND_TRIPS = {
+    "defaults": {},
+    "numbers": {"block": 1, "factor": 1.55, "start": 0.1, "end": 0.45, "gradual": 0.7},
+    "choices": {"downscale_method": "bislerp", "upscale_method": "nearest-exact", "antialias": True},
+    "switches": {"after_skip": False, "passes": "First pass"},
+    "stages": {"factor": 1.25, "more_stages": "1:1.3:0-0.2-0.6; 2:1.2:0-0.5"},
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_the_infotext_gives_the_picture_again(webui, name):
+    first = webui.txt2img(shrink(**ROUND_TRIPS[name]))
+    assert first.is_on
+    again = webui.txt2img(infotext=first.infotext)
+    assert same(again.picture, first.picture)
+    assert again.keys == first.keys
+
+
+def test_a_request_of_nothing_but_an_infotext(webui):
+    """Prompt, size, seed and sampler come from the text as well."""
+    first = webui.txt2img(shrink(factor=1.5), seed=77)
+    response = webui.post("/sdapi/v1/txt2img", {"infotext": first.infotext, "styles": []})
+    again = webui.read(response)
+    assert same(again.picture, first.picture)
+
+
+def test_in_img2img(webui):
+    first = webui.img2img(shrink(factor=1.5, end=0.8, gradual=0.9))
+    assert first.is_on
+    again = webui.img2img(infotext=first.infotext)
+    assert same(again.picture, first.picture)
+
+
+def test_in_hires(webui):
+    first = webui.hires(shrink(passes="Hires pass", factor=1.5))
+    again = webui.hires(infotext=first.infotext)
+    assert same(again.picture, first.picture)
+    assert again.keys == first.keys
+
+
+def test_a_plain_infotext_is_off(webui, plain):
+    infotext = webui.txt2img().infotext
+    again = webui.txt2img(infotext=infotext)
+    assert same(again.picture, plain)
+    assert not again.keys
+
+
+def test_settings_without_the_switch_are_off(webui, plain):
+    """A text that names a parameter but not "DeepShrink: on" does not switch it on."""
+    infotext = "a lighthouse\nSteps: 2, DeepShrink Downscale factor: 3, DeepShrink Only above native size: off"
+    answer = webui.txt2img(infotext=infotext)
+    assert same(answer.picture, plain)
+    assert not answer.is_on
+
+
+def test_a_broken_infotext_does_no_harm(webui, plain, unharmed):
+    for text in (
+        "DeepShrink",
+        "DeepShrink: ",
+        "DeepShrink: perhaps",
+        'DeepShrink: "',
+        "\x00",
+        "a\nSteps: 2, DeepShrink:",
+    ):
+        answer = webui.txt2img(infotext=text)
+        assert answer.status == 200, (text, answer.body)
+        assert same(answer.picture, plain), text
+    unharmed()
+
+
+def test_explicit_arguments_win_over_the_infotext(webui, plain):
+    """As for every other field of the hosts: what the request sets itself is not taken from the text."""
+    infotext = webui.txt2img(shrink()).infotext
+    answer = webui.txt2img(shrink(factor=3.0), infotext=infotext)
+    assert same(answer.picture, webui.txt2img(shrink(factor=3.0)).picture)
+    off = webui.txt2img(shrink(enabled=False), infotext=infotext)
+    assert same(off.picture, plain)
+
+
+def test_png_info_shows_our_keys(webui, shrunk):
+    """The keys are read by the host's own parser, as PNG info and Send to use it."""
+    encoded = webui.post("/sdapi/v1/txt2img", {**BASE, "alwayson_scripts": {"Hires Plus": {"args": [shrink()]}}})
+    answer = webui.post("/sdapi/v1/png-info", {"image": encoded.json()["images"][0]}).json()
+    assert answer["parameters"]["DeepShrink"] == "on"
+    assert answer["parameters"]["DeepShrink Only above native size"] == "off"
+
+
+def test_no_key_of_an_earlier_picture_stays(webui):
+    webui.txt2img(shrink(factor=3.0, more_stages="1:1.3:0-0.2"))
+    assert set(webui.txt2img(shrink()).keys) == {"DeepShrink", "DeepShrink Only above native size"}
+    assert not webui.txt2img().keys
+
+
+def test_every_picture_of_a_batch_has_the_keys(webui):
+    answer = webui.txt2img(shrink(), batch_size=2, n_iter=2)
+    assert len(answer.infotexts) == 4
+    assert all("DeepShrink: on" in text for text in answer.infotexts)
