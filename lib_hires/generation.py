@@ -14,15 +14,18 @@ class Generation:
     """One generation of pictures: all passes of one batch count share it.
 
     `selection` is what the user switched on, `notes` what had to be repaired or ignored in the request. The hosts add
-    what happened: techniques that `acted` in some pass, and the reason of each one that was refused.
+    what happened: techniques that `acted` in some pass, and the reason of each one that was refused or had nothing to
+    do in some pass.
     """
 
     selection: Mapping[str, Settings] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
+    rested: dict[str, str] = field(default_factory=dict)  # likewise
 
     def finish_run(self, plan: Plan) -> None:
         """Take over what one run did. Called at the end of every run, also of one that broke off."""
         self.acted |= {name for name, patch in plan.patches.items() if patch.fired}
         self.refused |= plan.refused
+        self.rested |= plan.resting

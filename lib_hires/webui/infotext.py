@@ -1,0 +1,109 @@
+"""The plugin's keys in a picture's infotext, both ways.
+
+A technique that is on writes its title ("DeepShrink: on") and, as "DeepShrink <label>", only what differs from the
+defaults. Its title alone decides about on and off, so a text without our keys switches everything off.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from lib_hires.generation import Generation
+from lib_hires.registry import TECHNIQUES
+from lib_hires.request import ENABLED, positional_fields, read_technique
+from lib_hires.settings import Settings, changed_fields, params_of
+from lib_hires.technique import Technique
+
+log = logging.getLogger("hires_plus")
+
+NOTE = "Hires Plus note"  # for people; no component reads it back
+_NEVER_ACTED = "no step fell into its window, or no size changed"
+
+
+def key(technique: Technique, field: str) -> str:
+    """The infotext key of a technique's field."""
+    if field == ENABLED:
+        return technique.title
+    return f"{technique.title} {params_of(technique.settings)[field].label}"
+
+
+def all_keys() -> list[str]:
+    """Every key that the plugin may write."""
+    return [key(technique, field) for technique in TECHNIQUES for field in positional_fields(technique)] + [NOTE]
+
+
+def write(params: MutableMapping[str, Any], generation: Generation) -> None:
+    """Put down what was asked for. First everything of ours goes: X/Y/Z cells share one dict of parameters."""
+    _replace(params, generation.selection, generation.notes)
+
+
+def settle(params: MutableMapping[str, Any], generation: Generation) -> list[str]:
+    """After sampling: keep only what really acted, and say why the rest did not. Returns what is new to say."""
+    acted = {name: settings for name, settings in generation.selection.items() if name in generation.acted}
+    reasons = [reason for technique in TECHNIQUES for reason in _idle(technique, generation)]
+    _replace(params, acted, [*generation.notes, *reasons])
+    return reasons
+
+
+def _replace(params: MutableMapping[str, Any], selection: Mapping[str, Settings], notes: list[str]) -> None:
+    for name in all_keys():
+        params.pop(name, None)
+    for technique in TECHNIQUES:
+        if technique.name in selection:
+            params.update(_lines(technique, selection[technique.name]))
+    if notes:
+        params[NOTE] = "; ".join(notes)
+
+
+def _lines(technique: Technique, settings: Settings) -> dict[str, str]:
+    params = params_of(settings)
+    lines = {key(technique, ENABLED): "on"}
+    return lines | {key(technique, name): params[name].show(value) for name, value in changed_fields(settings).items()}
+
+
+def _idle(technique: Technique, generation: Generation) -> list[str]:
+    """Why a technique that was on did not act; a refusal is told even if it acted in another pass."""
+    if technique.name not in generation.selection:
+        return []
+    refusal = generation.refused.get(technique.title)
+    if refusal:
+        return [f"{technique.title} was refused: {refusal}"]
+    if technique.name in generation.acted:
+        return []
+    return [f"{technique.title} did nothing: {generation.rested.get(technique.title, _NEVER_ACTED)}"]
+
+
+class PasteTarget(str):
+    """What a host needs to fill one component from infotext parameters.
+
+    As a string it is the infotext key, by which "Send to" finds the same component in another tab. As a function it
+    gives the value: right-typed and in range, or None to leave the component as it is.
+    """
+
+    def __new__(cls, technique: Technique, field: str) -> PasteTarget:
+        return super().__new__(cls, key(technique, field))
+
+    def __init__(self, technique: Technique, field: str):
+        self._technique = technique
+        self._field = field
+
+    def __call__(self, params: Mapping[str, Any]) -> Any:
+        settings, notes = read(self._technique, params)
+        if self._field != ENABLED:
+            return getattr(settings, self._field, None)
+        for note in notes:  # once per paste, not once per component
+            log.warning(note)
+        return settings is not None
+
+
+def paste_targets(technique: Technique) -> list[PasteTarget]:
+    """One target for each component, in positional order."""
+    return [PasteTarget(technique, field) for field in positional_fields(technique)]
+
+
+def read(technique: Technique, params: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
+    """Settings from infotext parameters, None where the technique is off or not to be understood, and notes."""
+    raw = {field: params[name] for field in positional_fields(technique) if (name := key(technique, field)) in params}
+    return read_technique(technique, raw)
