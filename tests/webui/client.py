@@ -169,6 +169,9 @@ class WebUI:
         return self.generate("txt2img", plugin, **{**request, **overrides})
 
     def img2img(self, plugin: Block | Sequence[Any] | None = None, **overrides: Any) -> Answer:
+        if self.host == A1111:
+            # it encodes the initial picture with the random state that the previous generation left behind
+            self.txt2img(width=64, height=64, steps=1)
         request = {"init_images": [encode(scene())], "denoising_strength": 0.8, "steps": 3}
         return self.generate("img2img", plugin, **{**request, **overrides})
 

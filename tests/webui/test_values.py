@@ -33,7 +33,7 @@ CASES = [
     Case("text out of range", {"factor": "1e9"}, (*FACTOR, "1e9"), {"factor": 9}),
     Case("text that is not a number", {"factor": "NaN"}, (*FACTOR, "NaN")),
     Case("text infinity", {"factor": "inf"}, (*FACTOR, "inf"), {"factor": 9}),
-    Case("an integer beyond floats", {"factor": 10**400}, FACTOR),
+    Case("a very large integer", {"factor": 10**18}, FACTOR, {"factor": 9}),
     Case("null", {"factor": None}, ("Downscale factor", "default 2"), {"factor": 2}),
     Case("list for a number", {"factor": [2]}, FACTOR),
     Case("dict for a number", {"factor": {"value": 2}}, FACTOR),
@@ -144,9 +144,10 @@ def test_bad_positional_values(webui, plain, unharmed):
     unharmed()
 
 
-def test_not_a_number_as_a_json_token(webui, unharmed):
-    """NaN is not JSON; both hosts read it and then fail to echo the request. The next request must be whole."""
-    webui.txt2img(shrink(factor=float("nan")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400], ids=["NaN", "Infinity", "huge integer"])
+def test_values_that_the_host_cannot_echo(webui, unharmed, value):
+    """The host reads these and may fail when its answer repeats the request. The next request must be whole."""
+    webui.txt2img(shrink(factor=value))
     unharmed()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from .client import NOTE, Answer, ours, same, shrink
+from .client import NOTE, Answer, distance, ours, same, shrink
 
 SWITCH = "[Hires Plus] DeepShrink"
 FACTOR = "[Hires Plus] DeepShrink Downscale factor"
@@ -129,8 +129,10 @@ def test_nonsense_ranges_do_no_harm(plot, unharmed):
 
 def test_in_img2img(webui, plot):
     cells = plot((SWITCH, ["off", "on"]), plugin=shrink(), tab="img2img")
-    assert same(cells.pictures[0], webui.img2img().picture)
-    assert same(cells.pictures[1], webui.img2img(shrink()).picture)
+    # not the same bits: A1111 encodes the picture of each cell with another random state
+    off, on = webui.img2img().picture, webui.img2img(shrink()).picture
+    for cell, own, other in zip(cells.pictures, (off, on), (on, off), strict=True):
+        assert distance(cell, own) < 0.5 < distance(cell, other)
 
 
 def test_beside_an_axis_of_the_host(webui, plot, unharmed):

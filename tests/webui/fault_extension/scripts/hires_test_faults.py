@@ -109,7 +109,7 @@ def alive(package):
     counts = {}
     for thing in gc.get_objects():
         kind = type(thing)
-        if getattr(kind, "__module__", "").split(".")[0] == package:
+        if str(getattr(kind, "__module__", "")).split(".")[0] == package:
             counts[kind.__name__] = counts.get(kind.__name__, 0) + 1
     return counts
 
