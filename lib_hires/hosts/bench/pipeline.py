@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_hires.generation import Generation
-from lib_hires.hosts.bench import fitting_cat, samplers
+from lib_hires.hosts.bench import samplers, webui_ldm
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import patched_unet
 from lib_hires.noise import NoiseSchedule
@@ -72,7 +72,7 @@ class Bench:
     """The embedded host. `after_call` is called after every denoiser call with (step, of)."""
 
     def __init__(self, models: BenchModels, after_call: Callable[[int, int], None] = lambda step, of: None) -> None:
-        fitting_cat.install()
+        webui_ldm.install()
         self.models = models
         self.after_call = after_call
         self.unet_calls = 0
