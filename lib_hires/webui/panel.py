@@ -115,9 +115,8 @@ def _technique(
     with context:
         gr.HTML(f'<div class="hires-plus-summary">{escape(technique.summary)}</div>')
         row = _PresetRow(technique, lambda item: elem_id(f"{name}_{item}"), store)
-        params = params_of(technique.settings)
-        components = _in_pairs(params, lambda field_name: elem_id(f"{name}_{field_name}"))
         shown = gr.HTML(view(technique, technique.settings(), []), elem_id=elem_id(f"{name}_view"))
+        components = _in_pairs(params_of(technique.settings), lambda field: elem_id(f"{name}_{field}"))
         row.connect(components)
     return TechniqueUI(technique, [_unsaved(switch), *components], shown, row.preset, store)
 
@@ -134,7 +133,7 @@ def _in_pairs(params: dict[str, Param], elem_id: Callable[[str], str]) -> list[A
 def _component(param: Param, elem_id: str) -> Any:
     shared = {"value": param.default, "label": param.label, "info": param.help, "elem_id": elem_id}
     if param.kind == "toggle":
-        return gr.Checkbox(**shared)
+        return gr.Checkbox(elem_classes=["hires-plus-toggle"], **shared)
     if param.kind == "choice":
         return gr.Dropdown(choices=list(param.choices), **shared)
     if param.kind == "text":
@@ -163,10 +162,10 @@ class _PresetRow:
         current = matching_name(store.all(technique), technique.settings())
         with gr.Row(elem_classes=["hires-plus-presets"]):
             self.preset = gr.Dropdown(
-                choices=names, value=current, label="Preset", elem_id=elem_id("preset"), scale=4, min_width=180
+                choices=names, value=current, label="Preset", elem_id=elem_id("preset"), scale=4, min_width=140
             )
             self._name = gr.Textbox(
-                label="Name to save as", max_lines=1, elem_id=elem_id("preset_name"), scale=3, min_width=140
+                label="Name to save as", max_lines=1, elem_id=elem_id("preset_name"), scale=3, min_width=120
             )
             self._save = _button("Save", elem_id("preset_save"))
             self._delete = _button("Delete", elem_id("preset_delete"))
@@ -177,13 +176,15 @@ class _PresetRow:
 
     def connect(self, components: list[Any]) -> None:
         message = [self._message]
-        self.preset.input(self._choose, [self.preset], [*components, *message], **_LIVE)
+        # a choice and nothing else: `input` comes at other moments too, and at different ones in each gradio
+        self.preset.select(self._choose, [], [*components, *message], **_LIVE)
         self._reset.click(self._set_back, [], [*components, self.preset, *message], **_LIVE)
         saved = [self.preset, self._name, *message]
         self._save.click(self._keep, [self._name, *components], saved, **_LIVE)
         self._delete.click(self._remove, [self.preset, *components], [self.preset, *message], **_LIVE)
 
-    def _choose(self, name: Any) -> list[Any]:
+    def _choose(self, chosen: gr.SelectData) -> list[Any]:
+        name = chosen.value
         settings = self._store.all(self._technique).get(str(name))
         if settings is None:
             unchanged = [gr.update() for _ in params_of(self._technique.settings)]
@@ -220,7 +221,7 @@ class _PresetRow:
 
 
 def _button(label: str, elem_id: str) -> Any:
-    return gr.Button(label, elem_id=elem_id, size="sm", scale=0, min_width=64)
+    return gr.Button(label, elem_id=elem_id, elem_classes=["hires-plus-button"], size="sm", scale=0, min_width=56)
 
 
 def _updates(settings: Settings) -> list[Any]:

@@ -6,7 +6,7 @@ The values come from the technique's own `curve`, that is from the formula that 
 from __future__ import annotations
 
 from html import escape
-from itertools import groupby
+from itertools import cycle, groupby
 
 from lib_hires.noise import NoiseSchedule
 from lib_hires.run import FIRST_PASS, ModelFacts, Run
@@ -27,7 +27,11 @@ def plot(technique: Technique, settings: Settings, steps: int = DEFAULT_STEPS) -
     """The plot of a technique with these settings, empty where it has no curve."""
     if technique.curve is None:
         return ""
-    return _svg(technique.curve(settings, synthetic_run(steps)))
+    curve = technique.curve(settings, synthetic_run(steps))
+    # a phase keeps its colour when another one vanishes: they are handed out by the default settings' curve
+    usual = technique.curve(technique.settings(), synthetic_run(DEFAULT_STEPS))
+    phases = dict.fromkeys((*usual.phases, *curve.phases))
+    return _svg(curve, dict(zip(phases, cycle(_COLOURS), strict=False)))
 
 
 def synthetic_run(steps: int) -> Run:
@@ -49,9 +53,7 @@ def phase_texts(curve: Curve) -> list[tuple[str, str]]:
     return texts
 
 
-def _svg(curve: Curve) -> str:
-    phases = list(dict.fromkeys(curve.phases))
-    colours = {phase: _COLOURS[index % len(_COLOURS)] for index, phase in enumerate(phases)}
+def _svg(curve: Curve, colours: dict[str, str]) -> str:
     spoken = "; ".join(text for _, text in phase_texts(curve))
     parts = [
         f'<svg class="hires-plus-plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -102,7 +104,7 @@ def _axes(curve: Curve) -> list[str]:
 
 def _ticks(count: int) -> list[int]:
     """Step numbers to print: the first, and round ones that do not crowd."""
-    stride = next((s for s in (1, 2, 5, 10, 20) if count / s <= 14), 50)
+    stride = next((stride for stride in (1, 5, 10, 20) if count / stride <= 14), 50)
     return [1, *(step for step in range(stride, count + 1, stride) if step > 1)]
 
 
