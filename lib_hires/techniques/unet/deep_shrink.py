@@ -41,11 +41,11 @@ class Stage:
     gradual: float
 
     def problem(self) -> str | None:
-        if self.start < self.end or self.end < self.gradual:
+        if self.start < max(self.end, self.gradual):
             return None
         return (
-            f"start {self.start:g} is not before end {self.end:g}, and gradual {self.gradual:g} is not after it, "
-            "so it would never act: raise End or Gradual"
+            f"start {self.start:g} is before neither end {self.end:g} nor gradual {self.gradual:g}, "
+            "so it would never act: lower Start, or raise End or Gradual"
         )
 
 
