@@ -90,6 +90,7 @@ class WebUI:
         self.url = url.rstrip("/")
         self._session = requests.Session()
         self._session.trust_env = False  # a local server needs no proxy
+        self._session.headers["Connection"] = "close"  # Forge drops the connection after an error
 
     def get(self, path: str, **query: Any) -> Any:
         answer = self._session.get(self.url + path, params=query, timeout=60)
@@ -161,8 +162,8 @@ class WebUI:
         return self.generate("txt2img", plugin, **overrides)
 
     def hires(self, plugin: Block | Sequence[Any] | None = None, **overrides: Any) -> Answer:
-        """txt2img with hires fix to twice the size."""
-        request = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+        """txt2img with hires fix."""
+        request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
         request["hr_second_pass_steps"] = 2
         if self.host == FORGE:
             request |= {"hr_additional_modules": ["Use same choices"], "hr_cfg": 5}

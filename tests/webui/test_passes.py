@@ -77,7 +77,7 @@ def test_a_batch_gives_the_pictures_of_its_seeds(webui):
     ("prompt", "negative"),
     [
         ("a lighthouse AND a red boat", "bad"),
-        ("a lighthouse AND a red boat :0.6 AND the sea", "bad"),
+        ("a lighthouse :0.5 AND a red boat :0.3 AND the sea :0.2", "bad"),
         (LONG, "bad"),
         ("a lighthouse", LONG),
         ("", ""),

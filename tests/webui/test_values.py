@@ -7,6 +7,7 @@ technique off; the note in the answer names the field, the value and what would 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,6 +67,30 @@ FINE = [
 ]
 
 
+ONE_STEP = {"steps": 1}  # enough for all of this, and quick
+
+
+@pytest.fixture(scope="module")
+def plain(webui):
+    return webui.txt2img(**ONE_STEP).picture
+
+
+@pytest.fixture
+def send(webui):
+    """Send a txt2img request of one step."""
+    return partial(webui.txt2img, **ONE_STEP)
+
+
+@pytest.fixture
+def unharmed(send, plain):
+    def check():
+        again = send()
+        assert same(again.picture, plain), "the next plain picture is damaged"
+        assert not again.keys, again.keys
+
+    return check
+
+
 def assert_note(answer: Answer, words: tuple[str, ...]) -> None:
     assert answer.status == 200, answer.body
     missing = [word for word in words if word not in answer.note]
@@ -73,29 +98,29 @@ def assert_note(answer: Answer, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_over_the_api(webui, plain, unharmed, case):
-    answer = webui.txt2img(shrink(**case.values))
+def test_over_the_api(send, plain, unharmed, case):
+    answer = send(shrink(**case.values))
     assert_note(answer, case.words)
     if case.means is None:
         assert not answer.is_on
         assert same(answer.picture, plain)
     else:
         assert answer.is_on
-        assert same(answer.picture, webui.txt2img(shrink(**case.means)).picture)
+        assert same(answer.picture, send(shrink(**case.means)).picture)
     unharmed()
 
 
 @pytest.mark.parametrize("case", FINE, ids=lambda case: case.name)
-def test_readable_values_need_no_note(webui, case):
-    answer = webui.txt2img(shrink(**case.values))
-    good = webui.txt2img(shrink(**case.means))
+def test_readable_values_need_no_note(send, case):
+    answer = send(shrink(**case.values))
+    good = send(shrink(**case.means))
     assert NOTE not in answer.keys
     assert answer.keys == good.keys
     assert same(answer.picture, good.picture)
 
 
-def test_several_mistakes_are_all_told(webui):
-    answer = webui.txt2img(shrink(factor=77, end=-3, faktor=1))
+def test_several_mistakes_are_all_told(send):
+    answer = send(shrink(factor=77, end=-3, faktor=1))
     assert_note(answer, ("Downscale factor", "77", "End", "-3", "faktor"))
 
 
@@ -110,8 +135,8 @@ def test_several_mistakes_are_all_told(webui):
     ],
     ids=["unknown technique", "number for settings", "text for settings", "list for settings", "empty name"],
 )
-def test_a_dict_of_the_wrong_shape(webui, plain, unharmed, plugin, words):
-    answer = webui.txt2img(plugin)
+def test_a_dict_of_the_wrong_shape(send, plain, unharmed, plugin, words):
+    answer = send(plugin)
     assert_note(answer, words)
     assert same(answer.picture, plain)
     unharmed()
@@ -122,32 +147,32 @@ def test_a_dict_of_the_wrong_shape(webui, plain, unharmed, plugin, words):
     [[None], [None] * 13, [[True, 3, 2.0]], [{}, 1, 2, 3], [0], ["off"]],
     ids=["null", "nulls", "nested list", "dict and more", "zero", "off"],
 )
-def test_positional_lists_that_mean_off(webui, plain, args):
-    answer = webui.txt2img(args)
+def test_positional_lists_that_mean_off(send, plain, args):
+    answer = send(args)
     assert answer.status == 200, answer.body
     assert not answer.is_on
     assert same(answer.picture, plain)
 
 
-def test_too_many_positional_values(webui, shrunk, unharmed):
+def test_too_many_positional_values(send, unharmed):
     full = [True, 3, 2.0, 0.0, 0.35, 0.6, True, "bicubic", "bicubic", False, "", False, "Both"]
-    answer = webui.txt2img([*full, 1, "more", None, {}])
+    answer = send([*full, 1, "more", None, {}])
     assert answer.status == 200, answer.body
-    assert same(answer.picture, shrunk.picture)
+    assert same(answer.picture, send(shrink()).picture)
     unharmed()
 
 
-def test_bad_positional_values(webui, plain, unharmed):
-    answer = webui.txt2img([True, "three", {}, [], None])
+def test_bad_positional_values(send, plain, unharmed):
+    answer = send([True, "three", {}, [], None])
     assert_note(answer, ("Block number", "three", "1 to 32"))
     assert same(answer.picture, plain)
     unharmed()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400], ids=["NaN", "Infinity", "huge integer"])
-def test_values_that_the_host_cannot_echo(webui, unharmed, value):
+def test_values_that_the_host_cannot_echo(send, unharmed, value):
     """The host reads these and may fail when its answer repeats the request. The next request must be whole."""
-    webui.txt2img(shrink(factor=value))
+    send(shrink(factor=value))
     unharmed()
 
 
@@ -165,11 +190,11 @@ def test_values_that_the_host_cannot_echo(webui, unharmed, value):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_over_the_infotext_field(webui, plain, unharmed, text, words, means):
-    infotext = f"a lighthouse\nSteps: 2, DeepShrink: on, DeepShrink Only above native size: off, {text}"
-    answer = webui.txt2img(infotext=infotext)
+def test_over_the_infotext_field(send, plain, unharmed, text, words, means):
+    infotext = f"a lighthouse\nSteps: 1, DeepShrink: on, DeepShrink Only above native size: off, {text}"
+    answer = send(infotext=infotext)
     assert_note(answer, words)
-    wanted = plain if means is None else webui.txt2img(shrink(**means)).picture
+    wanted = plain if means is None else send(shrink(**means)).picture
     assert same(answer.picture, wanted)
     unharmed()
 

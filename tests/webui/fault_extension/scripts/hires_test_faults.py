@@ -86,8 +86,11 @@ class HiresTestFaults(scripts.Script):
 
 def residue(sd_model):
     """What stays on the model between generations."""
-    unet = unet_of(sd_model)
     found = {"hooks": 0, "shadowed_forwards": 0, "patches": 0}
+    try:
+        unet = unet_of(sd_model)
+    except AttributeError:  # Forge loads the model with the first generation
+        return found
     for module in unet.modules():
         found["hooks"] += len(module._forward_hooks) + len(module._forward_pre_hooks)
         found["shadowed_forwards"] += "forward" in vars(module)

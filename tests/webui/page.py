@@ -1,0 +1,165 @@
+"""Driving the WebUI's page in Chromium, by the names that the panel gives its components."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image
+
+from .client import Picture, WebUI
+
+SCREENSHOTS = os.environ.get("HIRES_SCREENSHOTS", "")
+
+
+class Page:
+    """The WebUI in a browser, with what its console complained about."""
+
+    def __init__(self, browser_page: Any, webui: WebUI) -> None:
+        self.at = browser_page
+        self.webui = webui
+        self.complaints: list[str] = []
+        browser_page.on("pageerror", lambda error: self.complaints.append(f"{error}\n{error.stack}"))
+        browser_page.on("console", self._on_console)
+
+    def _on_console(self, message: Any) -> None:
+        source = message.location.get("url", "")
+        # what a page on a machine without network cannot load is not an error of ours
+        if message.type == "error" and source.startswith(self.webui.url):
+            self.complaints.append(f"{message.text} ({source})")
+
+    def open(self) -> None:
+        self.at.goto(self.webui.url + "/?__theme=dark", wait_until="domcontentloaded")
+        self.at.wait_for_selector("#txt2img_generate", state="visible", timeout=90_000)
+        self.at.wait_for_selector("#script_txt2img_hires_plus_panel", state="attached", timeout=30_000)
+        self.at.wait_for_timeout(1500)  # the host's own scripts finish after the page has appeared
+
+    def tab(self, name: str) -> Tab:
+        index = {"txt2img": 0, "img2img": 1}[name]
+        self.at.locator("#tabs > .tab-nav button, #tabs > .tab-wrapper button[role=tab]").nth(index).click()
+        return Tab(self, name)
+
+    def screenshot(self, name: str, element: Any = None) -> None:
+        if SCREENSHOTS:
+            file = Path(SCREENSHOTS) / self.webui.host / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            (element or self.at).screenshot(path=str(file))
+
+
+class Tab:
+    """One of the two tabs with our panel."""
+
+    def __init__(self, page: Page, name: str) -> None:
+        self.page = page
+        self.at = page.at
+        self.name = name
+
+    def ours(self, item: str) -> Any:
+        """A component of our panel, such as "panel" or "deep_shrink_factor"."""
+        return self.at.locator(f"#script_{self.name}_hires_plus_{item}")
+
+    @property
+    def panel(self) -> Any:
+        return self.ours("panel")
+
+    @property
+    def switch(self) -> Any:
+        return self.ours("deep_shrink-visible-checkbox")
+
+    def open_panel(self) -> None:
+        if not self.ours("deep_shrink").is_visible():
+            self.panel.locator(".label-wrap").first.click()
+            self.ours("deep_shrink").wait_for(state="visible")
+
+    def open_technique(self) -> None:
+        """Open DeepShrink's section; a section that opens switches its technique on."""
+        self.open_panel()
+        if not self.ours("deep_shrink_factor").is_visible():
+            self.ours("deep_shrink").locator(".label-wrap").first.click()
+            self.ours("deep_shrink_factor").wait_for(state="visible")
+
+    def is_on(self) -> bool:
+        return bool(self.switch.is_checked())
+
+    # -- values
+
+    def number(self, item: str) -> float:
+        return float(self.ours(item).locator("input[type=number]").input_value())
+
+    def set_number(self, item: str, value: float) -> None:
+        self._type(self.ours(item).locator("input[type=number]"), value)
+
+    def set_host_number(self, item: str, value: float) -> None:
+        self._type(self.at.locator(f"#{self.name}_{item} input[type=number]"), value)
+
+    def _type(self, box: Any, value: float) -> None:
+        box.fill(str(value))
+        box.press("Tab")
+        self.at.wait_for_timeout(600)
+
+    def toggle(self, item: str) -> Any:
+        return self.ours(item).locator("input[type=checkbox]")
+
+    def choice(self, item: str) -> str:
+        return self.ours(item).locator("input").first.input_value()
+
+    def choose(self, item: str, value: str) -> None:
+        self.ours(item).locator("input").first.click()
+        options = self.at.locator("ul.options li, ul[role=listbox] li")
+        options.filter(has_text=re.compile(rf"^\W*{re.escape(value)}\s*$")).first.click()
+        self.at.wait_for_timeout(700)
+
+    def choices(self, item: str) -> list[str]:
+        self.ours(item).locator("input").first.click()
+        texts = self.at.locator("ul.options li, ul[role=listbox] li").all_inner_texts()
+        self.at.keyboard.press("Escape")
+        self.ours(item).locator("input").first.blur()
+        return [text.replace("✓", "").strip() for text in texts]
+
+    def press(self, item: str) -> None:
+        self.ours(item).click()
+        self.at.wait_for_timeout(800)
+
+    def plot(self) -> str:
+        """What the plot says in words."""
+        return self.ours("deep_shrink_view").locator("svg").get_attribute("aria-label")
+
+    def problems(self) -> list[str]:
+        return self.ours("deep_shrink_view").locator(".hires-plus-problem").all_inner_texts()
+
+    def message(self) -> str:
+        return self.ours("deep_shrink_preset_message").inner_text().strip()
+
+    # -- the host's own controls
+
+    def paste(self, infotext: str) -> None:
+        self.at.locator(f"#{self.name}_prompt textarea").fill(infotext)
+        self.at.locator(f"#{self.name}_tools #paste").click()
+        self.at.wait_for_timeout(2500)
+
+    def generate(self) -> None:
+        before = self.infotext()
+        self.at.locator(f"#{self.name}_generate").click()
+        self.at.wait_for_function(
+            """([id, before]) => {
+                const text = document.querySelector(id)?.innerText ?? "";
+                return text.includes("Steps: ") && text !== before;
+            }""",
+            arg=[f"#html_info_{self.name}", before],
+            timeout=90_000,
+        )
+        self.at.wait_for_timeout(1000)
+
+    def infotext(self) -> str:
+        return self.at.locator(f"#html_info_{self.name}").inner_text()
+
+    def picture(self) -> Picture:
+        """The generated picture as the server keeps it."""
+        address = self.at.locator(f"#{self.name}_gallery img").first.get_attribute("src")
+        data = self.at.request.get(unquote(address) if address.startswith("http") else self.page.webui.url + address)
+        return np.asarray(Image.open(io.BytesIO(data.body())).convert("RGB"))
