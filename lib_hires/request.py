@@ -21,6 +21,7 @@ Axes = Mapping[tuple[str, str], Any]  # {(technique name, field): value of an X/
 Presets = Callable[[Technique], Mapping[str, Settings]]
 
 _SWITCH = Param("toggle", False, "Enabled", "Whether the technique acts at all.")
+_CARRIED = "hires_plus_notes"
 _LONGEST_NOTE = 400  # a megabyte of nonsense in a request must not become a megabyte of infotext
 
 
@@ -30,7 +31,7 @@ def built_in_presets(technique: Technique) -> Mapping[str, Settings]:
 
 def read_request(args: Sequence[Any], axes: Axes | None = None, presets: Presets = built_in_presets) -> Generation:
     """Read script arguments: a dict by technique name in front, or the positional list; axes go over both."""
-    notes: list[str] = []
+    notes = [note for value in args for note in getattr(value, _CARRIED, ())]
     asked = _by_name(args, notes) if args and isinstance(args[0], Mapping) else _by_position(args, notes)
     asked = _with_axes(asked, axes or {})
     selection = {}
@@ -54,6 +55,18 @@ def read_technique(
     except Unusable as error:
         return None, [f"{technique.title} is off: {error}"]
     return settings, [f"{technique.title}: {note}" for note in notes]
+
+
+def carrying(value: Any, notes: Sequence[str]) -> Any:
+    """The same number or text, with notes for the request that it will be an argument of.
+
+    Infotext in an API request becomes script arguments long before there is a generation; this is how what had to be
+    repaired in it still reaches the answer. A host that copies the value to its page drops the notes.
+    """
+    kind = type(value)
+    if kind not in (str, int, float):
+        return value
+    return type(kind.__name__, (kind,), {_CARRIED: tuple(notes)})(value)
 
 
 def positional_fields(technique: Technique) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from lib_hires.generation import Generation
 from lib_hires.hosts import webui as host
 from lib_hires.request import read_request
 from lib_hires.webui import axes, infotext, panel
+from lib_hires.webui.echo import make_repeatable
 from lib_hires.webui.presets import PresetStore
 
 log = logging.getLogger("hires_plus")
@@ -70,6 +71,8 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     if _is_inner(p):
         return
     p.hires_plus = _NOTHING  # the same p can be sampled again with other values
+    if args:
+        make_repeatable(args[0])
     generation = p.hires_plus = read_request(args, getattr(p, axes.ATTRIBUTE, None), STORE.all)
     infotext.write(p.extra_generation_params, generation)
     _tell(p, generation.notes)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lib_hires.generation import Generation
 from lib_hires.registry import TECHNIQUES
-from lib_hires.request import ENABLED, positional_fields, read_technique
+from lib_hires.request import ENABLED, carrying, positional_fields, read_technique
 from lib_hires.settings import Settings, changed_fields, params_of
 from lib_hires.technique import Technique
 
@@ -90,12 +90,13 @@ class PasteTarget(str):
         self._field = field
 
     def __call__(self, params: Mapping[str, Any]) -> Any:
-        settings, notes = read(self._technique, params)
-        if self._field != ENABLED:
-            return getattr(settings, self._field, None)
-        for note in notes:  # once per paste, not once per component
-            log.warning(note)
-        return settings is not None
+        is_on, settings, notes = read(self._technique, params)
+        if self._field == ENABLED:
+            for note in notes:  # once per paste, not once per component
+                log.warning(note)
+            return is_on
+        value = getattr(settings, self._field, None)
+        return carrying(value, notes) if notes and self._field == _carrier(self._technique) else value
 
 
 def paste_targets(technique: Technique) -> list[PasteTarget]:
@@ -103,7 +104,17 @@ def paste_targets(technique: Technique) -> list[PasteTarget]:
     return [PasteTarget(technique, field) for field in positional_fields(technique)]
 
 
-def read(technique: Technique, params: Mapping[str, Any]) -> tuple[Settings | None, list[str]]:
-    """Settings from infotext parameters, None where the technique is off or not to be understood, and notes."""
+def read(technique: Technique, params: Mapping[str, Any]) -> tuple[bool, Settings | None, list[str]]:
+    """(on, settings, notes) from infotext parameters. Settings are None where the text does not switch it on; where it
+    does and cannot be understood, the technique is off and its settings are the defaults.
+    """
     raw = {field: params[name] for field in positional_fields(technique) if (name := key(technique, field)) in params}
-    return read_technique(technique, raw)
+    settings, notes = read_technique(technique, raw)
+    if settings is None and notes:
+        return False, technique.settings(), notes
+    return settings is not None, settings, notes
+
+
+def _carrier(technique: Technique) -> str | None:
+    """The first field whose value can carry notes: true and false cannot."""
+    return next((name for name, param in params_of(technique.settings).items() if param.kind != "toggle"), None)
