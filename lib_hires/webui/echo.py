@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 _LARGEST = 2**63 - 1
-_DEEPEST = 8  # a request that nests deeper is nonsense anyway
+_DEEPEST = 50  # far from the recursion limit
 
 
 def make_repeatable(value: Any, depth: int = 0) -> None:

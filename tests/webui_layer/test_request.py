@@ -75,14 +75,14 @@ def test_a_preset_is_the_base_of_the_other_keys():
     assert settings({"deep_shrink": {"preset": "4X"}}) == DEEP_SHRINK.presets["4x"]
     assert settings({"deep_shrink": {"preset": "4x", "end": 0.4}}) == KIND(factor=4.0, end=0.4, gradual=0.75)
     mine = {"mine": KIND(factor=3.0)}
-    presets = lambda technique: {**built_in_presets(technique), **mine}  # noqa: E731
+    presets = lambda technique: {**built_in_presets(technique), **mine}
     assert settings({"deep_shrink": {"preset": "mine"}}, presets=presets) == mine["mine"]
 
 
 @pytest.mark.parametrize(
     ("args", "note"),
     [
-        (({"deep_shrink": {"factor": "abc"}},), "DeepShrink is off: Downscale factor = 'abc' is not a number (0.5 to 9)"),
+        ((True, 3, "abc"), "DeepShrink is off: Downscale factor = 'abc' is not a number (0.5 to 9)"),
         ((True, 3, float("nan")), "DeepShrink is off: Downscale factor = nan is not a number (0.5 to 9)"),
         ((True, [3]), "DeepShrink is off: Block number = [3] is not a number (1 to 32)"),
         (("maybe",), "DeepShrink is off: Enabled = 'maybe' is neither on nor off"),

@@ -1,0 +1,168 @@
+"""The panel under a real gradio: one component per field, in positional order, and handlers that answer anything."""
+
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from lib_hires.registry import BY_NAME, TECHNIQUES
+from lib_hires.request import ENABLED, positional_fields, read_request
+from lib_hires.settings import params_of
+from lib_hires.webui import panel
+from lib_hires.webui.presets import PresetStore
+
+DEEP_SHRINK = BY_NAME["deep_shrink"]
+KIND = DEEP_SHRINK.settings
+CLASSES = {"toggle": "Checkbox", "integer": "Slider", "number": "Slider", "choice": "Dropdown", "text": "Textbox"}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return PresetStore(tmp_path / "presets.json")
+
+
+@pytest.fixture
+def built(store):
+    with gr.Blocks():
+        return panel.build(lambda item: f"id_{item}", store)
+
+
+def fields():
+    return [(technique, field) for technique in TECHNIQUES for field in positional_fields(technique)]
+
+
+def test_components_are_in_positional_order(built):
+    assert len(built.arguments) == len(fields())
+    for component, (technique, field) in zip(built.arguments, fields(), strict=True):
+        if field == ENABLED:
+            assert component.value is False
+            continue
+        param = params_of(technique.settings)[field]
+        assert type(component).__name__ == CLASSES[param.kind]
+        assert (component.label, component.info) == (param.label, param.help)
+        assert component.elem_id == f"id_{technique.name}_{field}"
+        # hosts convert pasted values to the type of this one: a float's default must be a float
+        assert component.value == param.default and type(component.value) is type(param.default)
+
+
+def test_the_defaults_of_the_components_are_an_empty_request(built):
+    generation = read_request([component.value for component in built.arguments])
+    assert not generation.selection and not generation.notes
+
+
+def test_nothing_is_saved_as_a_default_of_the_page(store):
+    with gr.Blocks() as page:
+        panel.build(lambda item: f"id_{item}", store)
+    kinds = (gr.Accordion, gr.Slider, gr.Checkbox, gr.Dropdown, gr.Textbox, gr.Button)
+    for component in page.blocks.values():
+        assert not isinstance(component, kinds) or component.do_not_save_to_config
+
+
+def test_it_can_be_built_again_and_again(store):
+    with gr.Blocks():
+        first, second = (panel.build(lambda item: f"id_{item}", store) for _ in range(2))
+        steps = gr.Slider(1, 150, 20)
+        first.follow(steps)
+        second.follow()
+    assert not set(map(id, first.arguments)) & set(map(id, second.arguments))
+
+
+def test_a_host_may_bring_its_own_section(store):
+    made = []
+
+    def section(label, elem_id):
+        switch = gr.Checkbox(False, elem_id=elem_id)
+        made.append((label, switch))
+        return switch, gr.Column()
+
+    with gr.Blocks():
+        built = panel.build(lambda item: item, store, section)
+    assert [switch for _, switch in made] == [ui.arguments[0] for ui in built.techniques]
+
+
+def refresh(built, preset=None, steps=20, **changes):
+    values = [getattr(KIND(**changes) if _are_valid(changes) else KIND(), field) for field in params_of(KIND)]
+    if not _are_valid(changes):
+        values = [changes.get(field, value) for field, value in zip(params_of(KIND), values, strict=True)]
+    shown, update = built.techniques[0]._refresh(preset, *values, steps)
+    return shown, update["value"]
+
+
+def _are_valid(changes):
+    return all(params_of(KIND)[field].default.__class__ is type(value) for field, value in changes.items())
+
+
+def test_the_view_follows_the_values(built):
+    shown, name = refresh(built, factor=4.0, end=0.5, gradual=0.75)
+    assert shown.startswith("<svg") and name == "4x"
+    assert refresh(built, factor=4.1)[1] is None
+    assert "problem" not in shown
+
+
+def test_the_view_says_at_once_what_is_wrong(built):
+    shown, _ = refresh(built, start=0.5, end=0.2, gradual=0.1)
+    assert "raise End or Gradual" in shown
+    shown, name = refresh(built, more_stages="nonsense")
+    assert "More stages" in shown and "<svg" not in shown and name is None
+
+
+@pytest.mark.parametrize("steps", [None, "", "many", float("nan"), 0, 10**9, [3]])
+def test_no_step_count_raises(built, steps):
+    assert "<svg" in refresh(built, steps=steps)[0]
+
+
+@pytest.mark.parametrize("value", [None, "", "abc", float("nan"), [], {}])
+def test_no_value_raises(built, value):
+    built.techniques[0]._refresh(value, *[value] * len(params_of(KIND)), value)
+
+
+@pytest.fixture
+def row(store):
+    with gr.Blocks():
+        row = panel._PresetRow(DEEP_SHRINK, lambda item: item, store)
+    return row
+
+
+def values(settings):
+    return [getattr(settings, field) for field in params_of(settings)]
+
+
+def test_choosing_a_preset_sets_every_component(row):
+    *updates, message = row._choose(SimpleNamespace(value="4x"))
+    assert [update["value"] for update in updates] == values(DEEP_SHRINK.presets["4x"])
+    assert message == ""
+    *updates, message = row._choose(SimpleNamespace(value="gone"))
+    assert all("value" not in update for update in updates) and "gone" in message
+
+
+def test_saving_and_deleting(row, store):
+    mine = KIND(factor=3.3)
+    chosen, name, message = row._keep(" mine ", *values(mine))
+    assert chosen["value"] == "mine" and "mine" in chosen["choices"] and name == "" and "Saved" in message
+    assert store.of_user(DEEP_SHRINK) == {"mine": mine}
+    chosen, message = row._remove("mine", *values(mine))
+    assert chosen["value"] is None and "mine" not in chosen["choices"] and "Deleted" in message
+
+
+def test_a_saved_twin_of_a_built_in_preset_stays_chosen(row):
+    chosen, *_ = row._keep("twin", *values(DEEP_SHRINK.presets["4x"]))
+    assert chosen["value"] == "twin"
+
+
+@pytest.mark.parametrize("name", ["", None, "4x"])
+def test_a_refused_save_or_deletion_says_why(row, name):
+    assert "Not saved" in row._keep(name, *values(KIND()))[-1]
+    assert "Not deleted" in row._remove(name, *values(KIND()))[-1]
+
+
+def test_unreadable_values_are_not_saved(row, store):
+    bad = [*values(KIND())]
+    bad[list(params_of(KIND)).index("more_stages")] = "nonsense"
+    assert "More stages" in row._keep("mine", *bad)[-1]
+    assert not store.of_user(DEEP_SHRINK)
+
+
+def test_resetting(row):
+    *updates, chosen, message = row._set_back()
+    assert [update["value"] for update in updates] == values(KIND())
+    assert chosen["value"] == "Default (2x, gradual)" and message == ""
