@@ -71,6 +71,27 @@ class LdmMiniUNet(MiniUNet):
         self.upsamples = ()
 
 
+def controlled_as_in_a1111(unet: LdmMiniUNet, x: Tensor, control: dict[str, list[Tensor]]) -> Tensor:
+    """The loop of A1111's ControlNet extension: it replaces the UNet's forward, runs the same block modules, and
+    resizes each residual (nearest) to the map that it is added to."""
+
+    def add(h: Tensor, residual: Tensor) -> Tensor:
+        return h + F.interpolate(residual, size=h.shape[-2:], mode="nearest")
+
+    middle, output = list(control["middle"]), list(control["output"])
+    skips, h = [], x
+    for block in unet.input_blocks:
+        h = block(h, None, None)
+        skips.append(h)
+    h = add(unet.middle_block(h, None, None), middle.pop())
+    for block in unet.output_blocks:
+        skip = add(skips.pop(), output.pop())
+        if h.shape[-2:] != skip.shape[-2:]:
+            h = F.interpolate(h, size=skip.shape[-2:], mode="nearest")
+        h = block(torch.cat([h, skip], dim=1), None, None)
+    return unet.out(h)
+
+
 class PatcherMiniUNet(MiniUNet):
     """The loop of a host with a UNet patcher: patches, ControlNet residuals, Upsample to the next skip's size."""
 

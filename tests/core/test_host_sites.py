@@ -1,4 +1,4 @@
-"""The feature-map site on both kinds of host, on one miniature network: same results, true sizes, nothing left behind."""
+"""The feature-map site on both kinds of host, on one miniature network: same results, true sizes, nothing left."""
 
 import copy
 
@@ -14,7 +14,14 @@ from lib_hires.plan import make_plan
 from lib_hires.run import FIRST_PASS, Call, ModelFacts, Run
 from lib_hires.techniques.unet.deep_shrink import DeepShrinkSettings
 from lib_hires.topology import unet_topology
-from tests.doubles import ControlDropped, FakePatcher, LdmMiniUNet, PatcherMiniUNet, residuals
+from tests.doubles import (
+    ControlDropped,
+    FakePatcher,
+    LdmMiniUNet,
+    PatcherMiniUNet,
+    controlled_as_in_a1111,
+    residuals,
+)
 
 SD = NoiseSchedule.scaled_linear()
 LDM, PATCHER = LdmMiniUNet().eval(), PatcherMiniUNet().eval()
@@ -183,6 +190,23 @@ def test_every_control_residual_acts_on_shrunk_maps(side, size):
         control[side][index] = torch.zeros_like(control[side][index])
         without, _ = on_patcher(x, DeepShrinkSettings(), EARLY, control)
         assert not torch.equal(plain, without), f"{side} residual {index} had no effect"
+
+
+@pytest.mark.parametrize("side", ["middle", "output"])
+def test_control_in_the_manner_of_a1111s_extension_acts_on_shrunk_maps(side):
+    x = latents(32, 48)
+    settings = DeepShrinkSettings()
+
+    def sample(control):
+        with torch.no_grad(), patched_unet(LDM, plan_for(settings, x), Call(EARLY, 0)):
+            return controlled_as_in_a1111(LDM, x, control)
+
+    with_all = sample(residuals(x))
+    assert with_all.shape == x.shape and with_all.isfinite().all()
+    for index in range(len(residuals(x)[side])):
+        control = residuals(x)
+        control[side][index] = torch.zeros_like(control[side][index])
+        assert not torch.equal(with_all, sample(control)), f"{side} residual {index} had no effect"
 
 
 def test_control_without_a_shrink_is_bit_identical_to_the_hosts_own():
