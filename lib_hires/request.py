@@ -148,5 +148,7 @@ def _printable(value: Any) -> Any:
 
 
 def _shortened(note: str) -> str:
+    """Cut out the middle, where the value is: the field stands in front of it and the range behind."""
     note = " ".join(note.split())
-    return note if len(note) <= _LONGEST_NOTE else note[: _LONGEST_NOTE - 4] + " ..."
+    half = _LONGEST_NOTE // 2
+    return note if len(note) <= _LONGEST_NOTE else f"{note[: half - 3]} ... {note[-half + 3 :]}"

@@ -97,6 +97,13 @@ def test_what_cannot_be_read_switches_off(args, note):
     assert generation.notes == [note]
 
 
+def test_a_long_value_is_cut_but_field_and_range_stay():
+    for value in ("9" * 5000, "x" * 5000, 10**400, ["x" * 5000]):
+        (note,) = notes(True, 3, value)
+        assert len(note) <= 400
+        assert "Downscale factor" in note and "0.5 to 9" in note
+
+
 def test_an_unknown_preset_names_the_known_ones():
     (note,) = notes({"deep_shrink": {"preset": "zz"}})
     assert note.startswith("DeepShrink is off: Preset = 'zz' is unknown (known: 'Default (2x, gradual)', ")
