@@ -61,7 +61,8 @@ class Tab:
 
     def ours(self, item: str) -> Any:
         """A component of our panel, such as "panel" or "deep_shrink_factor"."""
-        return self.at.locator(f"#script_{self.name}_hires_plus_{item}")
+        # the first: gradio 3 gives the id of an HTML block to its content as well
+        return self.at.locator(f"#script_{self.name}_hires_plus_{item}").first
 
     @property
     def panel(self) -> Any:
@@ -156,7 +157,7 @@ class Tab:
         self.at.wait_for_timeout(1000)
 
     def infotext(self) -> str:
-        return self.at.locator(f"#html_info_{self.name}").inner_text()
+        return self.at.locator(f"#html_info_{self.name}").first.inner_text()
 
     def picture(self) -> Picture:
         """The generated picture as the server keeps it."""
