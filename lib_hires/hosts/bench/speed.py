@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import make_plan
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, Call, ModelFacts, Run
-from lib_hires.settings import Settings
+from lib_hires.settings import Settings, read_settings
 from lib_hires.topology import unet_topology
 
 NATIVE = NATIVE_SIZE // LATENT_FACTOR
@@ -45,7 +46,7 @@ class Setup:
 
     def __init__(self, scale: int) -> None:
         torch.manual_seed(0)
-        self.unet = build_unet().eval().requires_grad_(False)
+        self.unet: Any = build_unet().eval().requires_grad_(False)
         webui_ldm.install()
         side = NATIVE * scale
         self.latent = (side, side)
@@ -98,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(HEAD)
     for title, scale, name, changes in CASES:
-        _print_case(title, Setup(scale), name, BY_NAME[name].settings(**changes), repeats)
+        _print_case(title, Setup(scale), name, read_settings(BY_NAME[name].settings, changes)[0], repeats)
     setup = Setup(2)
     plain, off = best_times(setup, [nullcontext, setup.with_technique("deep_shrink", _never())], repeats * 4)
     print(f"\nhooks on, nothing to do (outside the window): {off / plain:.4f} of the plain time")
@@ -115,7 +116,8 @@ def _print_case(title: str, setup: Setup, name: str, settings: Settings, repeats
 
 def _never() -> Settings:
     """On, but with a window that begins after the first step."""
-    return BY_NAME["deep_shrink"].settings(start=0.5, end=0.6, gradual=0.6)
+    settings, _ = read_settings(BY_NAME["deep_shrink"].settings, {"start": 0.5, "end": 0.6, "gradual": 0.6})
+    return settings
 
 
 if __name__ == "__main__":

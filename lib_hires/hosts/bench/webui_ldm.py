@@ -1,7 +1,7 @@
 """Run ldm's UNet the way A1111 runs it, in our own words, so that the bench means the same thing.
 
-* Any latent size: LDM's Upsample always doubles, so at odd sizes a map can be one cell larger than the skip it is joined
-  with, and the plain UNet fails. A1111 replaces the name `th` in that module so that `th.cat` resizes the map to the skip.
+* Any latent size: LDM's Upsample always doubles, so at odd sizes a map can be one cell larger than the skip it is
+  joined with, and the plain UNet fails. A1111 replaces the name `th` in that module so that `th.cat` resizes the map.
 * Attention through torch's scaled_dot_product_attention instead of an explicit softmax over all tokens.
 """
 
