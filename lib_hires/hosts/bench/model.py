@@ -25,14 +25,17 @@ LATENT_FACTOR = 8
 TRAIN_STEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
 
+# SD 1.5's blocks and attention levels. Its group norms have 32 groups too: at width 32, a channel a group, the network
+# cannot see or predict the mean of a latent channel at all, and every picture gets a random tint. Width 64 can; equal
+# widths below keep the weights small.
 UNET_CONFIG: dict[str, Any] = {
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 32,
+    "model_channels": 64,
     "attention_resolutions": [4, 2, 1],
     "num_res_blocks": 2,
-    "channel_mult": [1, 2, 4, 4],
+    "channel_mult": [1, 1, 1, 2],
     "num_heads": 4,
     "use_spatial_transformer": True,
     "transformer_depth": 1,

@@ -46,7 +46,8 @@ class Setup:
 
     def __init__(self, scale: int) -> None:
         torch.manual_seed(0)
-        self.unet: Any = build_unet().eval().requires_grad_(False)
+        unet: Any = build_unet()
+        self.unet = unet.eval().requires_grad_(False)
         webui_ldm.install()
         side = NATIVE * scale
         self.latent = (side, side)

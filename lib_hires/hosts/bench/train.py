@@ -1,8 +1,8 @@
 """Train the bench's model on the CPU, reproducibly from a seed and resumable.
 
     python -m lib_hires.hosts.bench.train vae --workers 2
-    python -m lib_hires.hosts.bench.train latents
-    python -m lib_hires.hosts.bench.train unet
+    python -m lib_hires.hosts.bench.train latents --workers 2
+    python -m lib_hires.hosts.bench.train unet --workers 2
     python -m lib_hires.hosts.bench.train measure
 
 Each step leaves its checkpoint in the run folder and what the bench needs, in half precision, in the weights folder.
@@ -203,6 +203,57 @@ def run_summary(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+# ------------------------------------------------------------------------------------------------- initialisation
+#
+# Group norms in 32 groups see pairs of channels at width 64, and what they remove is learned back late. So a signal x
+# starts out as a pair (x + offset, -x - offset), from which the norm subtracts nothing; behind SiLU it is x again,
+# because silu(a) - silu(-a) = a. An offset well above x keeps the contrast of x, no offset keeps its mean.
+
+
+def signed_pairs(convolution: nn.Conv2d, signals: int, tap: Tensor, offset: float, first: int = 0) -> None:
+    """Let a convolution put its inputs into channel pairs (x + offset, -x - offset) from channel `first` on."""
+    weight, bias = convolution.weight, cast_bias(convolution)
+    weight[first : first + 2 * signals] = 0
+    for k in range(signals):
+        plus, minus = first + 2 * k, first + 2 * k + 1
+        weight[plus, k], weight[minus, k] = tap, -tap
+        bias[plus], bias[minus] = offset, -offset
+
+
+def keep_pairs(convolution: nn.Conv2d, signals: int, tap: Tensor, first_input: int = 0) -> None:
+    """Let a convolution pass on the pairs that its inputs carry from `first_input` on."""
+    weight, bias = convolution.weight, cast_bias(convolution)
+    weight[: 2 * signals], bias[: 2 * signals] = 0, 0
+    for k in range(2 * signals):
+        weight[k, first_input + k] = tap
+
+
+def read_pairs(
+    convolution: nn.Conv2d, signals: int, tap: Tensor, gain: float, shift: float, first: int = 0
+) -> None:
+    """Let a convolution behind norm and SiLU turn the pairs back into signals times `gain` minus `shift`."""
+    weight, bias = convolution.weight, cast_bias(convolution)
+    weight[:signals] *= 0.1 if first == 0 else 1
+    weight[:signals, first : first + 2 * signals] = 0
+    for k in range(signals):
+        plus, minus = first + 2 * k, first + 2 * k + 1
+        weight[k, plus], weight[k, minus] = gain * tap, -gain * tap
+        bias[k] = -shift
+
+
+def cast_bias(convolution: nn.Conv2d) -> Tensor:
+    """The bias of a convolution that has one."""
+    assert convolution.bias is not None
+    return convolution.bias
+
+
+def centre_tap(size: int = 3) -> Tensor:
+    """A kernel that passes a pixel on."""
+    tap = torch.zeros(size, size)
+    tap[size // 2, size // 2] = 1
+    return tap
+
+
 # --------------------------------------------------------------------------------------------------- autoencoder
 
 
@@ -242,50 +293,25 @@ OFFSET = 2.0
 LATENT_GAIN = 3.0
 
 
-def signed_pairs(weight: Tensor, bias: Tensor, tap: Tensor, offset: float) -> None:
-    """Let a convolution carry its first three inputs in channel pairs (x + offset, -x - offset)."""
-    weight[:6] = 0
-    for k in range(3):
-        weight[2 * k, k], weight[2 * k + 1, k] = tap, -tap
-        bias[2 * k], bias[2 * k + 1] = offset, -offset
-
-
-def keep_pairs(weight: Tensor, bias: Tensor, tap: Tensor) -> None:
-    """Let a convolution pass the six channels of the pairs on unchanged."""
-    weight[:6], bias[:6] = 0, 0
-    for k in range(6):
-        weight[k, k] = tap
-
-
-def read_pairs(weight: Tensor, bias: Tensor, tap: Tensor, gain: float) -> None:
-    """Let a convolution behind norm and SiLU turn the pairs back into three signals: silu(a) - silu(-a) = a."""
-    weight[:3] *= 0.1
-    weight[:3, :6] = 0
-    for k in range(3):
-        weight[k, 2 * k], weight[k, 2 * k + 1] = gain * tap, -gain * tap
-        bias[k] = -gain
-
-
 @torch.no_grad()
 def start_as_colour_average(autoencoder: Any) -> None:
     """Initialise the autoencoder so that three latent channels hold each patch's mean colour.
 
-    From ordinary random weights colour emerges only after thousands of steps. The offset of the pairs makes the group
-    norms, which see one pair each, keep the signal's scale.
+    From ordinary random weights colour emerges only after thousands of steps.
     """
-    centre, mean = torch.zeros(3, 3), torch.zeros(3, 3)
-    centre[1, 1], mean[:2, :2] = 1, 0.25
+    centre, mean = centre_tap(), torch.zeros(3, 3)
+    mean[:2, :2] = 0.25
     encoder, decoder = autoencoder.encoder, autoencoder.decoder
-    signed_pairs(encoder.conv_in.weight, encoder.conv_in.bias, centre, OFFSET)
-    signed_pairs(decoder.conv_in.weight, decoder.conv_in.bias, centre * OFFSET / LATENT_GAIN, OFFSET)
+    signed_pairs(encoder.conv_in, 3, centre, OFFSET)
+    signed_pairs(decoder.conv_in, 3, centre * OFFSET / LATENT_GAIN, OFFSET)
     for name, module in autoencoder.named_modules():
         if name.endswith(("downsample.conv", "upsample.conv")):
-            keep_pairs(module.weight, module.bias, mean if "down" in name else centre)
+            keep_pairs(module, 3, mean if "down" in name else centre)
         elif name.endswith(("conv2", "proj_out")):
             module.weight[:6], module.bias[:6] = 0, 0
-    read_pairs(encoder.conv_out.weight, encoder.conv_out.bias, centre, LATENT_GAIN)
+    read_pairs(encoder.conv_out, 3, centre, LATENT_GAIN, LATENT_GAIN)
     encoder.conv_out.weight[4:], encoder.conv_out.bias[4:] = 0, -5  # small posterior variance
-    read_pairs(decoder.conv_out.weight, decoder.conv_out.bias, centre, OFFSET)
+    read_pairs(decoder.conv_out, 3, centre, OFFSET, OFFSET)
     for convolution in (autoencoder.quant_conv, autoencoder.post_quant_conv):
         convolution.weight.copy_(torch.eye(len(convolution.weight))[:, :, None, None])
         convolution.bias.zero_()
@@ -397,7 +423,7 @@ class Denoising:
         return self.contexts[torch.where(dropped, len(self.contexts) - 1, captions)]
 
     def loss(self, unet: nn.Module, step: int, generator: torch.Generator) -> Tensor:
-        """Mean squared error of the predicted noise at random times."""
+        """Weighted mean squared error of the predicted noise at random times."""
         rows = torch.randint(len(self.latents), (self.batch,), generator=generator)
         times = torch.randint(bench_model.TRAIN_STEPS, (self.batch,), generator=generator)
         clean = self.latents[rows]
@@ -405,14 +431,39 @@ class Denoising:
         alpha = self.alphas[times][:, None, None, None]
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         predicted = unet(noisy, times, context=self.pick_contexts(rows, generator))
-        return F.mse_loss(predicted.float(), noise)
+        # An error at time t moves the predicted picture by its noise level, so layout is decided where levels are high.
+        weight = ((1 - alpha) / alpha).sqrt().clamp(0.3, 3)
+        return (weight * (predicted.float() - noise) ** 2).mean()
+
+
+@torch.no_grad()
+def start_as_identity(unet: Any) -> None:
+    """Initialise the UNet to predict its input as the noise, which is right for the noisiest steps.
+
+    The input takes the outermost skip connection; the blocks' zero-initialised outputs add nothing at first. Its
+    contrast must survive the last norm exactly: a starting noise 2 % stronger than usual would else leave a third of a
+    latent's deviation as grain. Two pairs with opposite offsets keep it; what one loses by the mean the other gains.
+    """
+    offset, signals = 3.0, 4
+    first_conv, skip, last_conv = unet.input_blocks[0][0], unet.output_blocks[-1][0].skip_connection, unet.out[-1]
+    for first, shift in ((0, offset), (2 * signals, -offset)):
+        signed_pairs(first_conv, signals, centre_tap(), shift, first)
+        read_pairs(last_conv, signals, centre_tap(), math.hypot(offset, 1) / 2, 0, first)
+    keep_pairs(skip, 2 * signals, centre_tap(1), first_input=unet.model_channels)
+
+
+def build_initial_unet() -> nn.Module:
+    """The UNet as training starts with it."""
+    unet = bench_model.build_unet()
+    start_as_identity(unet)
+    return unet
 
 
 def train_unet(settings: Settings, rank: int) -> None:
     """Train the UNet on the encoded scenes."""
     latents, pairs = load_pool(settings.run_dir)
     task = Denoising(latents, pairs, encode_captions(), bench_model.alphas_cumprod(), settings.batch)
-    trainer = Trainer("unet", bench_model.build_unet, settings, rank)
+    trainer = Trainer("unet", build_initial_unet, settings, rank)
     trainer.run(task.loss)
     if rank == 0:
         update_json(settings.weights_dir / "metrics.json", unet=run_summary(trainer))
@@ -468,8 +519,8 @@ COMMANDS: dict[str, Callable[[Settings, int], None]] = {
     "measure": measure,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "vae": {"steps": 2000, "batch": 16, "ema_decay": 0.995, "warmup": 50, "save_every": 200},
-    "unet": {"steps": 5000, "batch": 32, "ema_decay": 0.999, "warmup": 100, "save_every": 250},
+    "vae": {"steps": 1400, "batch": 16, "ema_decay": 0.995, "warmup": 50, "save_every": 200},
+    "unet": {"steps": 1700, "batch": 16, "ema_decay": 0.999, "warmup": 100, "save_every": 250},
 }
 
 
