@@ -36,8 +36,9 @@ class Page:
     def open(self) -> None:
         self.at.goto(self.webui.url + "/?__theme=dark", wait_until="domcontentloaded")
         self.at.wait_for_selector("#txt2img_generate", state="visible", timeout=90_000)
-        self.at.wait_for_selector("#script_txt2img_hires_plus_panel", state="attached", timeout=30_000)
-        self.at.wait_for_timeout(1500)  # the host's own scripts finish after the page has appeared
+        # the last thing that the host's own scripts put in
+        self.at.wait_for_selector("#script_img2img_hires_plus_deep_shrink-visible-checkbox", state="attached")
+        self.at.wait_for_timeout(300)
 
     def tab(self, name: str) -> Tab:
         index = {"txt2img": 0, "img2img": 1}[name]
@@ -111,12 +112,14 @@ class Tab:
 
     def choose(self, item: str, value: str) -> None:
         self.ours(item).locator("input").first.click()
+        self.at.wait_for_timeout(400)  # presets are read anew when the list opens
         options = self.at.locator("ul.options li, ul[role=listbox] li")
         options.filter(has_text=re.compile(rf"^\W*{re.escape(value)}\s*$")).first.click()
         self.at.wait_for_timeout(700)
 
     def choices(self, item: str) -> list[str]:
         self.ours(item).locator("input").first.click()
+        self.at.wait_for_timeout(400)
         texts = self.at.locator("ul.options li, ul[role=listbox] li").all_inner_texts()
         self.at.keyboard.press("Escape")
         self.ours(item).locator("input").first.blur()
