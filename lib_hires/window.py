@@ -20,9 +20,6 @@ class SigmaRange:
     def __contains__(self, sigma: float) -> bool:
         return self.lower * (1 - _ROUNDING) <= sigma <= self.upper * (1 + _ROUNDING)
 
-    def __str__(self) -> str:
-        return f"sigma {self.upper:.4g} to {self.lower:.4g}"
-
 
 @dataclass(frozen=True)
 class Window:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from lib_hires.generation import Generation
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan, make_plan
+from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size
 
 log = logging.getLogger("hires_plus")
@@ -52,14 +53,19 @@ def attach(p: Any, generation: Generation) -> None:
         return
     sampler = p.sampler
     original = getattr(sampler.func, _ORIGINAL, sampler.func)
+    spent = False
 
     @functools.wraps(original)  # hosts read the function's signature to decide what to pass
     def run_sampler(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        sampler.func = original
-        if getattr(sampler.model_wrap_cfg, _RUN, None) is not None:  # another extension wrapped our wrapper
+        nonlocal spent
+        if sampler.func is run_sampler:
+            sampler.func = original
+        # another extension may have wrapped this wrapper, and call it inside a run of ours or in a later batch
+        if spent or hasattr(sampler.model_wrap_cfg, _RUN):
             return original(model, x, *args, **kwargs)
+        spent = True
         # by name, however they came: some samplers take n or a range, and some callers pass sigmas by position
-        arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments
+        arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments | kwargs
         with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments).active():
             return original(model, x, *args, **kwargs)
 
@@ -94,6 +100,7 @@ class SamplingRun:
         self._plan: Plan | None = None
         self._open: Callable[[Call], Any] | None = None
         self._call = ExitStack()
+        self._broken = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -114,8 +121,21 @@ class SamplingRun:
                 self._finish_plan()
 
     def open_call(self, params: Any) -> None:
-        """Begin one denoiser call: plan the run at the first one, and again after the network was swapped."""
+        """Begin one denoiser call. A defect of ours costs this run its techniques, told once, and not the picture."""
         self._call.close()
+        if self._broken:
+            return
+        try:
+            self._open_call(params)
+        except Exception as error:
+            self._broken = True
+            self._call.close()
+            log.exception("the techniques are off for the rest of this pass")
+            for name in self._generation.selection:
+                self._generation.refused[BY_NAME[name].title] = f"internal error: {error}"
+
+    def _open_call(self, params: Any) -> None:
+        """Plan the run at its first call, and again after the network was swapped; then put the patches on."""
         network = self._adapter.unet_identity(self._p.sd_model)
         if self._plan is None or network is not self._network:
             self._begin_plan(network)
@@ -161,8 +181,11 @@ def native_size(default_latent: int) -> Size:
     """Native latent size: the user's option (pixels; 0 = automatic) or the model family's own."""
     from modules import shared
 
-    pixels = int(shared.opts.data.get("hires_plus_native_size", 0) or 0)
-    side = pixels // 8 if pixels > 0 else default_latent
+    try:
+        pixels = int(shared.opts.data.get("hires_plus_native_size", 0) or 0)
+    except (TypeError, ValueError):  # an API request can set options to anything
+        pixels = 0
+    side = pixels // 8 if pixels >= 8 else default_latent
     return side, side
 
 

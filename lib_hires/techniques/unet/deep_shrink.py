@@ -145,6 +145,7 @@ class ResolvedStage:
 
     stage: Stage
     full: SigmaRange
+    sigma_first: float
     sigma_end: float
     sigma_gradual: float
 
@@ -153,7 +154,7 @@ class ResolvedStage:
         full = Window(stage.start, stage.end).resolve(run)
         # an end of 0 lies at infinite noise; the growth then starts with the run's own first level
         sigma_end = min(run.sigma_at(max(stage.start, stage.end)), run.sigma_first)
-        return cls(stage, full, sigma_end, run.sigma_at(stage.gradual))
+        return cls(stage, full, run.sigma_first, sigma_end, run.sigma_at(stage.gradual))
 
     def scale(self, sigma: float) -> float:
         """Scale of the map at a noise level: 1/f, growing, or 1. Monotone as sigma falls, once the window began."""
@@ -172,7 +173,7 @@ class ResolvedStage:
     def describe(self) -> str:
         text_ = f"block {self.stage.block} shrunk by {self.stage.factor:g}"
         if self.stage.start < self.stage.end:
-            text_ += f" for {self.full}"
+            text_ += f" from sigma {min(self.full.upper, self.sigma_first):.4g} to {self.full.lower:.4g}"
         if self.sigma_gradual < self.sigma_end:
             text_ += f", growing from {self.sigma_end:.4g} to {self.sigma_gradual:.4g}"
         return text_
