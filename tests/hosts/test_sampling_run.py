@@ -130,8 +130,14 @@ def test_another_extension_may_wrap_around_ours(p, caplog):
     """Its wrapper keeps calling ours, also in later batches; one run each, and its wrapper stays where it put it."""
     webui.attach(p, shrink())
     ours = p.sampler.func
-    theirs = p.sampler.func = ours
-    for _ in range(2):
+    seen = []
+
+    def theirs(*args, **kwargs):
+        seen.append(kwargs["sigmas"])
+        return ours(*args, **kwargs)
+
+    p.sampler.func = theirs
+    for number in (1, 2):
         generation = shrink()
         webui.attach(p, generation)
         caplog.clear()
@@ -139,7 +145,7 @@ def test_another_extension_may_wrap_around_ours(p, caplog):
             sample(p)
         assert generation.acted == {"deep_shrink"}
         assert len([r for r in caplog.records if "block 3" in r.message]) == 1
-        assert p.sampler.func is theirs
+        assert p.sampler.func is theirs and len(seen) == number
         assert set(vars(p.sampler.model_wrap_cfg)) & {"forward", "hires_plus_run"} == set()
 
 
