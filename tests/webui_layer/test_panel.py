@@ -9,6 +9,7 @@ from lib_hires.registry import BY_NAME, TECHNIQUES
 from lib_hires.request import ENABLED, positional_fields, read_request
 from lib_hires.settings import params_of
 from lib_hires.webui import panel
+from lib_hires.webui.preset_row import PresetRow
 from lib_hires.webui.presets import PresetStore
 
 DEEP_SHRINK = BY_NAME["deep_shrink"]
@@ -84,7 +85,7 @@ def refresh(built, preset=None, steps=20, **changes):
     values = [getattr(KIND(**changes) if _are_valid(changes) else KIND(), field) for field in params_of(KIND)]
     if not _are_valid(changes):
         values = [changes.get(field, value) for field, value in zip(params_of(KIND), values, strict=True)]
-    shown, update = built.techniques[0]._refresh(preset, *values, steps)
+    shown, update, _ = built.techniques[0]._refresh(preset, *values, steps)
     return shown, update["value"]
 
 
@@ -119,7 +120,7 @@ def test_no_value_raises(built, value):
 @pytest.fixture
 def row(store):
     with gr.Blocks():
-        row = panel._PresetRow(DEEP_SHRINK, lambda item: item, store)
+        row = PresetRow(DEEP_SHRINK, lambda item: item, store)
     return row
 
 
@@ -135,12 +136,21 @@ def test_choosing_a_preset_sets_every_component(row):
     assert all("value" not in update for update in updates) and "gone" in message
 
 
+def test_the_list_knows_what_was_saved_elsewhere(row, store, built):
+    store.save(DEEP_SHRINK, "elsewhere", KIND(factor=3.3))
+    known = list(DEEP_SHRINK.presets)
+    update, names = row._look_again(known)
+    assert update["choices"] == names == [*known, "elsewhere"]
+    assert "choices" not in row._look_again(names)[0]
+    assert refresh(built, factor=3.3)[1] == "elsewhere"
+
+
 def test_saving_and_deleting(row, store):
     mine = KIND(factor=3.3)
-    chosen, name, message = row._keep(" mine ", *values(mine))
+    chosen, _, name, message = row._keep(" mine ", *values(mine))
     assert chosen["value"] == "mine" and "mine" in chosen["choices"] and name == "" and "Saved" in message
     assert store.of_user(DEEP_SHRINK) == {"mine": mine}
-    chosen, message = row._remove("mine", *values(mine))
+    chosen, _, message = row._remove("mine", *values(mine))
     assert chosen["value"] is None and "mine" not in chosen["choices"] and "Deleted" in message
 
 
@@ -163,6 +173,6 @@ def test_unreadable_values_are_not_saved(row, store):
 
 
 def test_resetting(row):
-    *updates, chosen, message = row._set_back()
+    *updates, chosen, _, message = row._set_back()
     assert [update["value"] for update in updates] == values(KIND())
     assert chosen["value"] == "Default (2x, gradual)" and message == ""
