@@ -116,5 +116,10 @@ def read(technique: Technique, params: Mapping[str, Any]) -> tuple[bool, Setting
 
 
 def _carrier(technique: Technique) -> str | None:
-    """The first field whose value can carry notes: true and false cannot."""
-    return next((name for name, param in params_of(technique.settings).items() if param.kind != "toggle"), None)
+    """The field whose value carries notes: a text if there is one, as any JSON writer takes a kind of str for a str."""
+    kinds = {name: param.kind for name, param in params_of(technique.settings).items()}
+    for wanted in (("choice", "text"), ("integer", "number")):
+        for name, kind in kinds.items():
+            if kind in wanted:
+                return name
+    return None  # only toggles, and true and false cannot carry anything
