@@ -68,9 +68,7 @@ def build_autoencoder(config: dict[str, Any] | None = None) -> nn.Module:
     """Build the real `AutoencoderKL`, freshly initialised."""
     ldm = import_ldm()
     with contextlib.redirect_stdout(io.StringIO()):  # its constructor prints
-        return ldm.AutoencoderKL(
-            ddconfig=config or VAE_CONFIG, embed_dim=4, lossconfig={"target": "torch.nn.Identity"}
-        )
+        return ldm.AutoencoderKL(ddconfig=config or VAE_CONFIG, embed_dim=4, lossconfig={"target": "torch.nn.Identity"})
 
 
 def alphas_cumprod() -> Tensor:
@@ -81,9 +79,7 @@ def alphas_cumprod() -> Tensor:
 
 def initial_noise(seeds: list[int], height: int, width: int) -> Tensor:
     """Starting noise (B,4,height,width), each row from its own seed so that batching does not change it."""
-    return torch.stack(
-        [torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    return torch.stack([torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def sampling_times(steps: int) -> list[int]:

@@ -228,9 +228,7 @@ def keep_pairs(convolution: nn.Conv2d, signals: int, tap: Tensor, first_input: i
         weight[k, first_input + k] = tap
 
 
-def read_pairs(
-    convolution: nn.Conv2d, signals: int, tap: Tensor, gain: float, shift: float, first: int = 0
-) -> None:
+def read_pairs(convolution: nn.Conv2d, signals: int, tap: Tensor, gain: float, shift: float, first: int = 0) -> None:
     """Let a convolution behind norm and SiLU turn the pairs back into signals times `gain` minus `shift`."""
     weight, bias = convolution.weight, cast_bias(convolution)
     weight[:signals] *= 0.1 if first == 0 else 1
@@ -520,7 +518,7 @@ COMMANDS: dict[str, Callable[[Settings, int], None]] = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "vae": {"steps": 1400, "batch": 16, "ema_decay": 0.995, "warmup": 50, "save_every": 200},
-    "unet": {"steps": 1700, "batch": 16, "ema_decay": 0.999, "warmup": 100, "save_every": 250},
+    "unet": {"steps": 1300, "batch": 16, "ema_decay": 0.999, "warmup": 100, "save_every": 250},
 }
 
 
