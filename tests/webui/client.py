@@ -211,6 +211,7 @@ BASE: dict[str, Any] = {
     "cfg_scale": 5,
     "styles": [],  # Forge refuses a request with an infotext and without this
 }
+QUICK: dict[str, Any] = {"steps": 1, "cfg_scale": 1}  # enough where only the request is under test
 
 
 def encode(picture: Image.Image) -> str:

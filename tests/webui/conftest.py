@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from .client import TITLE, Answer, Picture, WebUI, same
+from .client import QUICK, TITLE, Answer, Picture, WebUI, same, shrink
 
 URL = os.environ.get("HIRES_WEBUI_URL", "")
 LOG = os.environ.get("HIRES_WEBUI_LOG", "")  # optional: the file that the server's output goes to
@@ -94,6 +96,29 @@ def unharmed(webui: WebUI, plain: Picture) -> Callable[[], None]:
 
 
 @pytest.fixture
+def quick(webui: WebUI) -> Callable[..., Answer]:
+    """Send a txt2img request that takes next to no time."""
+    return partial(webui.txt2img, **QUICK)
+
+
+@pytest.fixture(scope="session")
+def quick_plain(webui: WebUI) -> Picture:
+    return webui.txt2img(**QUICK).picture
+
+
+@pytest.fixture
+def quick_unharmed(quick: Callable[..., Answer], quick_plain: Picture) -> Callable[[], None]:
+    """As `unharmed`, for quick requests."""
+
+    def check() -> None:
+        again = quick()
+        assert same(again.picture, quick_plain), "the next plain picture is damaged"
+        assert not again.keys, again.keys
+
+    return check
+
+
+@pytest.fixture
 def faults(webui: WebUI) -> None:
     if webui.residue() is None:
         pytest.skip("needs the test extension tests/webui/fault_extension in the WebUI (docs/testing.md)")
@@ -102,8 +127,6 @@ def faults(webui: WebUI) -> None:
 @pytest.fixture
 def on_family(webui: WebUI) -> Iterator[Callable[[str], WebUI]]:
     """Load a checkpoint of a family ("sdxl", "dit" ...) until the test ends; skips where none is installed."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
 
         def switch(family: str) -> WebUI:
@@ -119,6 +142,4 @@ def on_family(webui: WebUI) -> Iterator[Callable[[str], WebUI]]:
 @pytest.fixture(scope="session")
 def shrunk(webui: WebUI) -> Answer:
     """The ordinary picture with DeepShrink on."""
-    from .client import shrink
-
     return webui.txt2img(shrink())

@@ -47,43 +47,43 @@ def test_in_hires(webui):
     assert again.keys == first.keys
 
 
-def test_a_plain_infotext_is_off(webui, plain):
-    infotext = webui.txt2img().infotext
-    again = webui.txt2img(infotext=infotext)
-    assert same(again.picture, plain)
+def test_a_plain_infotext_is_off(quick, quick_plain):
+    infotext = quick().infotext
+    again = quick(infotext=infotext)
+    assert same(again.picture, quick_plain)
     assert not again.keys
 
 
-def test_settings_without_the_switch_are_off(webui, plain):
+def test_settings_without_the_switch_are_off(quick, quick_plain):
     """A text that names a parameter but not "DeepShrink: on" does not switch it on."""
-    infotext = "a lighthouse\nSteps: 2, DeepShrink Downscale factor: 3, DeepShrink Only above native size: off"
-    answer = webui.txt2img(infotext=infotext)
-    assert same(answer.picture, plain)
+    infotext = "a lighthouse\nSteps: 1, DeepShrink Downscale factor: 3, DeepShrink Only above native size: off"
+    answer = quick(infotext=infotext)
+    assert same(answer.picture, quick_plain)
     assert not answer.is_on
 
 
-def test_a_broken_infotext_does_no_harm(webui, plain, unharmed):
+def test_a_broken_infotext_does_no_harm(quick, quick_plain, quick_unharmed):
     for text in (
         "DeepShrink",
         "DeepShrink: ",
         "DeepShrink: perhaps",
         'DeepShrink: "',
         "\x00",
-        "a\nSteps: 2, DeepShrink:",
+        "a\nSteps: 1, DeepShrink:",
     ):
-        answer = webui.txt2img(infotext=text)
+        answer = quick(infotext=text)
         assert answer.status == 200, (text, answer.body)
-        assert same(answer.picture, plain), text
-    unharmed()
+        assert same(answer.picture, quick_plain), text
+    quick_unharmed()
 
 
-def test_explicit_arguments_win_over_the_infotext(webui, plain):
+def test_explicit_arguments_win_over_the_infotext(quick, quick_plain):
     """As for every other field of the hosts: what the request sets itself is not taken from the text."""
-    infotext = webui.txt2img(shrink()).infotext
-    answer = webui.txt2img(shrink(factor=3.0), infotext=infotext)
-    assert same(answer.picture, webui.txt2img(shrink(factor=3.0)).picture)
-    off = webui.txt2img(shrink(enabled=False), infotext=infotext)
-    assert same(off.picture, plain)
+    infotext = quick(shrink()).infotext
+    answer = quick(shrink(factor=3.0), infotext=infotext)
+    assert same(answer.picture, quick(shrink(factor=3.0)).picture)
+    off = quick(shrink(enabled=False), infotext=infotext)
+    assert same(off.picture, quick_plain)
 
 
 def test_png_info_shows_our_keys(webui, shrunk):
@@ -94,13 +94,13 @@ def test_png_info_shows_our_keys(webui, shrunk):
     assert answer["parameters"]["DeepShrink Only above native size"] == "off"
 
 
-def test_no_key_of_an_earlier_picture_stays(webui):
-    webui.txt2img(shrink(factor=3.0, more_stages="1:1.3:0-0.2"))
-    assert set(webui.txt2img(shrink()).keys) == {"DeepShrink", "DeepShrink Only above native size"}
-    assert not webui.txt2img().keys
+def test_no_key_of_an_earlier_picture_stays(quick):
+    quick(shrink(factor=3.0, more_stages="1:1.3:0-0.2"))
+    assert set(quick(shrink()).keys) == {"DeepShrink", "DeepShrink Only above native size"}
+    assert not quick().keys
 
 
-def test_every_picture_of_a_batch_has_the_keys(webui):
-    answer = webui.txt2img(shrink(), batch_size=2, n_iter=2)
+def test_every_picture_of_a_batch_has_the_keys(quick):
+    answer = quick(shrink(), batch_size=2, n_iter=2)
     assert len(answer.infotexts) == 4
     assert all("DeepShrink: on" in text for text in answer.infotexts)

@@ -118,7 +118,7 @@ def test_the_smallest_size(webui):
 
 
 def test_several_stages(webui, shrunk):
-    answer = webui.txt2img(shrink(block=3, factor=1.5, more_stages="6:2:0-0.5; 1:1.3:0-0.2-0.6"), width=256, height=256)
+    answer = webui.txt2img(shrink(block=3, factor=1.5, more_stages="6:2:0-0.5; 1:1.3:0-0.2-0.6"), width=192, height=192)
     assert answer.is_on
     assert is_alive(answer.picture)
     assert answer.keys["DeepShrink More stages"] == "6:2:0-0.5; 1:1.3:0-0.2-0.6"

@@ -7,7 +7,6 @@ technique off; the note in the answer names the field, the value and what would 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -67,30 +66,6 @@ FINE = [
 ]
 
 
-ONE_STEP = {"steps": 1}  # enough for all of this, and quick
-
-
-@pytest.fixture(scope="module")
-def plain(webui):
-    return webui.txt2img(**ONE_STEP).picture
-
-
-@pytest.fixture
-def send(webui):
-    """Send a txt2img request of one step."""
-    return partial(webui.txt2img, **ONE_STEP)
-
-
-@pytest.fixture
-def unharmed(send, plain):
-    def check():
-        again = send()
-        assert same(again.picture, plain), "the next plain picture is damaged"
-        assert not again.keys, again.keys
-
-    return check
-
-
 def assert_note(answer: Answer, words: tuple[str, ...]) -> None:
     assert answer.status == 200, answer.body
     missing = [word for word in words if word not in answer.note]
@@ -98,29 +73,29 @@ def assert_note(answer: Answer, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_over_the_api(send, plain, unharmed, case):
-    answer = send(shrink(**case.values))
+def test_over_the_api(quick, quick_plain, quick_unharmed, case):
+    answer = quick(shrink(**case.values))
     assert_note(answer, case.words)
     if case.means is None:
         assert not answer.is_on
-        assert same(answer.picture, plain)
+        assert same(answer.picture, quick_plain)
     else:
         assert answer.is_on
-        assert same(answer.picture, send(shrink(**case.means)).picture)
-    unharmed()
+        assert same(answer.picture, quick(shrink(**case.means)).picture)
+    quick_unharmed()
 
 
 @pytest.mark.parametrize("case", FINE, ids=lambda case: case.name)
-def test_readable_values_need_no_note(send, case):
-    answer = send(shrink(**case.values))
-    good = send(shrink(**case.means))
+def test_readable_values_need_no_note(quick, case):
+    answer = quick(shrink(**case.values))
+    good = quick(shrink(**case.means))
     assert NOTE not in answer.keys
     assert answer.keys == good.keys
     assert same(answer.picture, good.picture)
 
 
-def test_several_mistakes_are_all_told(send):
-    answer = send(shrink(factor=77, end=-3, faktor=1))
+def test_several_mistakes_are_all_told(quick):
+    answer = quick(shrink(factor=77, end=-3, faktor=1))
     assert_note(answer, ("Downscale factor", "77", "End", "-3", "faktor"))
 
 
@@ -135,11 +110,11 @@ def test_several_mistakes_are_all_told(send):
     ],
     ids=["unknown technique", "number for settings", "text for settings", "list for settings", "empty name"],
 )
-def test_a_dict_of_the_wrong_shape(send, plain, unharmed, plugin, words):
-    answer = send(plugin)
+def test_a_dict_of_the_wrong_shape(quick, quick_plain, quick_unharmed, plugin, words):
+    answer = quick(plugin)
     assert_note(answer, words)
-    assert same(answer.picture, plain)
-    unharmed()
+    assert same(answer.picture, quick_plain)
+    quick_unharmed()
 
 
 @pytest.mark.parametrize(
@@ -147,33 +122,33 @@ def test_a_dict_of_the_wrong_shape(send, plain, unharmed, plugin, words):
     [[None], [None] * 13, [[True, 3, 2.0]], [{}, 1, 2, 3], [0], ["off"]],
     ids=["null", "nulls", "nested list", "dict and more", "zero", "off"],
 )
-def test_positional_lists_that_mean_off(send, plain, args):
-    answer = send(args)
+def test_positional_lists_that_mean_off(quick, quick_plain, args):
+    answer = quick(args)
     assert answer.status == 200, answer.body
     assert not answer.is_on
-    assert same(answer.picture, plain)
+    assert same(answer.picture, quick_plain)
 
 
-def test_too_many_positional_values(send, unharmed):
+def test_too_many_positional_values(quick, quick_unharmed):
     full = [True, 3, 2.0, 0.0, 0.35, 0.6, True, "bicubic", "bicubic", False, "", False, "Both"]
-    answer = send([*full, 1, "more", None, {}])
+    answer = quick([*full, 1, "more", None, {}])
     assert answer.status == 200, answer.body
-    assert same(answer.picture, send(shrink()).picture)
-    unharmed()
+    assert same(answer.picture, quick(shrink()).picture)
+    quick_unharmed()
 
 
-def test_bad_positional_values(send, plain, unharmed):
-    answer = send([True, "three", {}, [], None])
+def test_bad_positional_values(quick, quick_plain, quick_unharmed):
+    answer = quick([True, "three", {}, [], None])
     assert_note(answer, ("Block number", "three", "1 to 32"))
-    assert same(answer.picture, plain)
-    unharmed()
+    assert same(answer.picture, quick_plain)
+    quick_unharmed()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400], ids=["NaN", "Infinity", "huge integer"])
-def test_values_that_the_host_cannot_echo(send, unharmed, value):
+def test_values_that_the_host_cannot_echo(quick, quick_unharmed, value):
     """The host reads these and may fail when its answer repeats the request. The next request must be whole."""
-    send(shrink(factor=value))
-    unharmed()
+    quick(shrink(factor=value))
+    quick_unharmed()
 
 
 @pytest.mark.parametrize(
@@ -190,13 +165,13 @@ def test_values_that_the_host_cannot_echo(send, unharmed, value):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_over_the_infotext_field(send, plain, unharmed, text, words, means):
+def test_over_the_infotext_field(quick, quick_plain, quick_unharmed, text, words, means):
     infotext = f"a lighthouse\nSteps: 1, DeepShrink: on, DeepShrink Only above native size: off, {text}"
-    answer = send(infotext=infotext)
+    answer = quick(infotext=infotext)
     assert_note(answer, words)
-    wanted = plain if means is None else send(shrink(**means)).picture
+    wanted = quick_plain if means is None else quick(shrink(**means)).picture
     assert same(answer.picture, wanted)
-    unharmed()
+    quick_unharmed()
 
 
 def test_in_img2img(webui):

@@ -23,7 +23,7 @@ class Plot:
 
 
 @pytest.fixture
-def plot(webui):
+def plot(webui, quick):
     def draw(*axes: tuple[str, str | Sequence[str]], plugin=None, tab="txt2img", **overrides) -> Plot:
         arguments = []
         for label, values in axes:
@@ -32,7 +32,7 @@ def plot(webui):
         arguments += [0, "", []] * (3 - len(axes))
         # legend, lone images, sub grids, seeds kept, vary seeds in x, y, z, margin, csv mode
         arguments += [False, True, False, False, False, False, False, 0, False]
-        send = webui.img2img if tab == "img2img" else webui.txt2img
+        send = webui.img2img if tab == "img2img" else quick
         return Plot(send(plugin, script_name="x/y/z plot", script_args=arguments, **overrides))
 
     return draw
@@ -45,57 +45,57 @@ def test_the_axes_are_there_once(webui):
         assert {SWITCH, FACTOR, METHOD} <= set(labels)
 
 
-def test_over_a_number(webui, plot, unharmed):
+def test_over_a_number(quick, plot, quick_unharmed):
     cells = plot((FACTOR, "1.5, 2, 3"), plugin=shrink(block=1))
     assert len(cells.pictures) == 3
     for picture, factor in zip(cells.pictures, (1.5, 2, 3), strict=True):
-        assert same(picture, webui.txt2img(shrink(block=1, factor=factor)).picture), factor
+        assert same(picture, quick(shrink(block=1, factor=factor)).picture), factor
     assert [keys.get("DeepShrink Downscale factor") for keys in cells.keys] == ["1.5", None, "3"]
     assert all(keys["DeepShrink"] == "on" and keys["DeepShrink Block number"] == "1" for keys in cells.keys)
-    unharmed()
+    quick_unharmed()
 
 
-def test_on_and_off(plot, plain, shrunk, unharmed):
+def test_on_and_off(quick, plot, quick_plain, quick_unharmed):
     cells = plot((SWITCH, ["on", "off", "on"]), plugin=shrink(enabled=False))
-    assert same(cells.pictures[0], shrunk.picture)
-    assert same(cells.pictures[1], plain)
-    assert same(cells.pictures[2], shrunk.picture)
-    assert cells.keys[0] == cells.keys[2] == shrunk.keys
+    assert same(cells.pictures[0], quick(shrink()).picture)
+    assert same(cells.pictures[1], quick_plain)
+    assert same(cells.pictures[2], quick(shrink()).picture)
+    assert cells.keys[0] == cells.keys[2] == {"DeepShrink": "on", "DeepShrink Only above native size": "off"}
     assert cells.keys[1] == {}
-    unharmed()
+    quick_unharmed()
 
 
-def test_over_a_choice(webui, plot, unharmed):
+def test_over_a_choice(quick, plot, quick_unharmed):
     cells = plot((METHOD, ["bicubic", "nearest-exact"]), plugin=shrink())
     for picture, method in zip(cells.pictures, ("bicubic", "nearest-exact"), strict=True):
-        assert same(picture, webui.txt2img(shrink(upscale_method=method)).picture), method
+        assert same(picture, quick(shrink(upscale_method=method)).picture), method
     assert not same(*cells.pictures)
     assert [keys.get("DeepShrink Upscale method") for keys in cells.keys] == [None, "nearest-exact"]
-    unharmed()
+    quick_unharmed()
 
 
-def test_two_axes(webui, plot, plain, unharmed):
+def test_two_axes(quick, plot, quick_plain, quick_unharmed):
     cells = plot((FACTOR, "1.5, 2"), (SWITCH, ["off", "on"]), plugin=shrink())
     assert len(cells.pictures) == 4
     for index, picture in enumerate(cells.pictures):
         row, column = divmod(index, 2)
         factor = (1.5, 2)[column]
-        wanted = webui.txt2img(shrink(factor=factor)).picture if row else plain
+        wanted = quick(shrink(factor=factor)).picture if row else quick_plain
         assert same(picture, wanted), index
         assert cells.keys[index].get("DeepShrink Downscale factor") == ("1.5" if row and factor == 1.5 else None)
         assert ("DeepShrink" in cells.keys[index]) == bool(row)
-    unharmed()
+    quick_unharmed()
 
 
-def test_a_parameter_axis_switches_on(webui, plot):
+def test_a_parameter_axis_switches_on(quick, plot):
     """Whoever plots a parameter wants to see it act, without having to tick the box as well."""
     cells = plot(("[Hires Plus] DeepShrink Only above native size", ["off", "on"]))
-    assert same(cells.pictures[0], webui.txt2img(shrink()).picture)
+    assert same(cells.pictures[0], quick(shrink()).picture)
     assert cells.keys[0]["DeepShrink"] == "on"
     assert "DeepShrink" not in cells.keys[1]
 
 
-def test_over_presets(webui, plot):
+def test_over_presets(quick, plot):
     cells = plot(("[Hires Plus] DeepShrink preset", ["2x, hard cut", "1.5x"]), plugin=shrink())
     assert len(cells.pictures) == 2
     assert all(NOTE in keys or "DeepShrink" in keys for keys in cells.keys)
@@ -112,19 +112,19 @@ def test_over_presets(webui, plot):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_values_on_an_axis(plot, shrunk, unharmed, values, words):
+def test_bad_values_on_an_axis(quick, plot, quick_unharmed, values, words):
     cells = plot((FACTOR, f"2, {values}"), plugin=shrink())
     assert len(cells.pictures) == 2
-    assert same(cells.pictures[0], shrunk.picture)
+    assert same(cells.pictures[0], quick(shrink()).picture)
     assert NOTE not in cells.keys[0]
     assert all(word in cells.keys[1][NOTE] for word in words), cells.keys[1]
-    unharmed()
+    quick_unharmed()
 
 
-def test_nonsense_ranges_do_no_harm(plot, unharmed):
+def test_nonsense_ranges_do_no_harm(plot, quick_unharmed):
     for values in ("1-2 (+0)", "5-1", ",,2,", "2-", "1-3 [2]"):
         assert plot((FACTOR, values), plugin=shrink()).pictures, values
-    unharmed()
+    quick_unharmed()
 
 
 def test_in_img2img(webui, plot):
@@ -135,9 +135,9 @@ def test_in_img2img(webui, plot):
         assert distance(cell, own) < 0.5 < distance(cell, other)
 
 
-def test_beside_an_axis_of_the_host(webui, plot, unharmed):
-    cells = plot(("Steps", "2, 3"), (SWITCH, ["off", "on"]), plugin=shrink())
-    assert same(cells.pictures[2], webui.txt2img(shrink(), steps=2).picture)
-    assert same(cells.pictures[3], webui.txt2img(shrink(), steps=3).picture)
+def test_beside_an_axis_of_the_host(quick, plot, quick_unharmed):
+    cells = plot(("Steps", "1, 2"), (SWITCH, ["off", "on"]), plugin=shrink())
+    assert same(cells.pictures[2], quick(shrink(), steps=1).picture)
+    assert same(cells.pictures[3], quick(shrink(), steps=2).picture)
     assert [("DeepShrink" in keys) for keys in cells.keys] == [False, False, True, True]
-    unharmed()
+    quick_unharmed()
