@@ -502,7 +502,7 @@ def count_errors(models: bench_model.BenchModels, factor: int, count: int, batch
 def measure(settings: Settings, rank: int) -> None:
     """Measure the stored weights: count errors at the native size and, untreated, at twice that size."""
     models = bench_model.load_models(settings.weights_dir)
-    for name, factor, count in (("base", 1, 240), ("naive_2x", 2, 96)):
+    for name, factor, count in (("base", 1, 120), ("naive_2x", 2, 48)):
         result = count_errors(models, factor, count)
         print(name, result, flush=True)
         update_json(settings.weights_dir / "metrics.json", **{name: result})
