@@ -77,17 +77,20 @@ def test_a_batch_gives_the_pictures_of_its_seeds(webui):
     ("prompt", "negative"),
     [
         ("a lighthouse AND a red boat", "bad"),
-        ("a lighthouse :0.5 AND a red boat :0.3 AND the sea :0.2", "bad"),
+        ("a lighthouse :1.1 AND a red boat :0.6", "bad"),
+        ("a lighthouse AND a red boat AND the sea", "bad"),
         (LONG, "bad"),
         ("a lighthouse", LONG),
         ("", ""),
         ("[a lighthouse:a red boat:0.5]", "bad"),
     ],
-    ids=["AND", "AND with weights", "long prompt", "long negative", "empty", "prompt edit"],
+    ids=["AND", "AND with weights", "AND of three", "long prompt", "long negative", "empty", "prompt edit"],
 )
 def test_prompts(webui, unharmed, prompt, negative):
     request = {"prompt": prompt, "negative_prompt": negative, "batch_size": 2}
     off, on = webui.txt2img(**request), webui.txt2img(shrink(), **request)
+    if not is_alive(off.picture):
+        pytest.skip(f"{webui.host} makes no picture of this prompt, with or without us")
     assert on.is_on
     for k in range(2):
         assert is_alive(on.pictures[k])
