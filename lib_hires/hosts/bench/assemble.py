@@ -95,6 +95,7 @@ def assemble(out_dir: Path, weights_dir: Path = bench_model.WEIGHTS_DIR) -> Path
     (out_dir / f"{NAME}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     checkpoint = out_dir / f"{NAME}.safetensors"
     save_file(checkpoint_tensors(weights_dir), checkpoint)
+    checkpoint.chmod(0o644)  # safetensors writes private files
     return checkpoint
 
 
