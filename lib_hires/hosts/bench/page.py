@@ -23,6 +23,7 @@ from lib_hires.hosts.bench.model import LATENT_FACTOR, NATIVE_SIZE, BenchModels,
 from lib_hires.hosts.bench.pipeline import Bench, Interrupted, Request, Result
 from lib_hires.hosts.bench.samplers import SAMPLERS
 from lib_hires.hosts.bench.scenes import CAPTIONS
+from lib_hires.registry import TECHNIQUES
 from lib_hires.request import read_request
 from lib_hires.webui import infotext, panel
 from lib_hires.webui.presets import PresetStore
@@ -176,7 +177,7 @@ def parse_infotext(text: str) -> dict[str, str]:
 def _read_infotext(text: str) -> list[Any]:
     params = parse_infotext(text)
     plain = [_plain_update(name, params.get(label)) for name, label in _LABELS.items()]
-    targets = [target for technique in panel.TECHNIQUES for target in infotext.paste_targets(technique)]
+    targets = [target for technique in TECHNIQUES for target in infotext.paste_targets(technique)]
     ours = [target(params) for target in targets]
     return [*plain, *(gr.update() if value is None else gr.update(value=value) for value in ours)]
 
