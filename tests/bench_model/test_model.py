@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lib_hires.hosts.bench import model as bench_model
 from lib_hires.hosts.bench import scenes
 from lib_hires.hosts.bench.counter import count_objects
+from lib_hires.hosts.bench.pipeline import Bench, Request
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,7 @@ def test_scenes_survive_the_autoencoder(models: bench_model.BenchModels, factor:
 
 def test_the_model_draws_one_object_at_its_native_size(models: bench_model.BenchModels) -> None:
     chosen = [0, 3, 7, 10, 13, 17, 18, 23]
-    prompts = [scenes.CAPTIONS[index] for index in chosen]
-    noise = bench_model.initial_noise(chosen, 16, 16)
-    images = to_uint8(models.vae.decode(bench_model.sample_ddim(models, prompts, noise, steps=20)))
+    prompts = tuple(scenes.CAPTIONS[index] for index in chosen)
+    images = Bench(models).generate(Request(prompts, tuple(chosen))).pictures
     counts = [count_objects(image, prompt.split()[1]).count for prompt, image in zip(prompts, images, strict=True)]
     assert counts.count(1) >= 7, counts

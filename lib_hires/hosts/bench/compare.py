@@ -110,8 +110,7 @@ def _draw(task: Task) -> tuple[Task, np.ndarray, float, int]:
         sampler=task.sampler,
     )
     result = _bench.generate(request, row.generation())
-    pictures = (result.images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
-    return task, pictures, result.seconds, result.unet_calls
+    return task, result.pictures, result.seconds, result.unet_calls
 
 
 def draw_rows(rows: Sequence[str], options: argparse.Namespace) -> dict[str, Outcome]:

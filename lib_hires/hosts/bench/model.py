@@ -77,16 +77,6 @@ def alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - betas, dim=0).float()
 
 
-def initial_noise(seeds: list[int], height: int, width: int) -> Tensor:
-    """Starting noise (B,4,height,width), each row from its own seed so that batching does not change it."""
-    return torch.stack([torch.randn(4, height, width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def sampling_times(steps: int) -> list[int]:
-    """Evenly spaced training steps from the noisiest down to 0, `steps` of them."""
-    return torch.linspace(TRAIN_STEPS - 1, 0, steps).round().int().tolist()
-
-
 class Vae:
     """The autoencoder with images in 0..1 and latents scaled to unit standard deviation."""
 
@@ -137,22 +127,3 @@ def load_models(weights_dir: str | Path = WEIGHTS_DIR) -> BenchModels:
         text=TextEncoder(),
         alphas_cumprod=alphas_cumprod(),
     )
-
-
-@torch.no_grad()
-def sample_ddim(
-    models: BenchModels, prompts: list[str], noise: Tensor, steps: int = 25, guidance: float = 3.0
-) -> Tensor:
-    """Plain deterministic DDIM with classifier-free guidance from noise (B,4,h,w) to latents; the bench's reference."""
-    context = torch.cat([models.text.encode([""]).expand(len(prompts), -1, -1), models.text.encode(prompts)])
-    times = sampling_times(steps)
-    latents = noise
-    for time, following in zip(times, [*times[1:], None], strict=True):
-        alpha = models.alphas_cumprod[time]
-        next_alpha = models.alphas_cumprod[following] if following is not None else torch.tensor(1.0)
-        batch_time = torch.full((2 * len(prompts),), time)
-        uncond, cond = models.unet(torch.cat([latents, latents]), batch_time, context=context).chunk(2)
-        epsilon = uncond + guidance * (cond - uncond)
-        original = (latents - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
-        latents = next_alpha.sqrt() * original + (1 - next_alpha).sqrt() * epsilon
-    return latents

@@ -84,7 +84,7 @@ class Page:
                 raise gr.Error("Stopped") from None
         infotext.write(params, generation)
         notes = infotext.settle(params, generation)
-        return _pictures(result), _infotext(request, params), _report(result, [*generation.notes, *notes])
+        return list(result.pictures), _infotext(request, params), _report(result, [*generation.notes, *notes])
 
     def _after_call(self, progress: Any, step: int, of: int) -> None:
         progress((min(step + 1, of), of), desc="Sampling")
@@ -191,10 +191,6 @@ def _plain_update(name: str, raw: str | None) -> Any:
         return gr.update(value=float(raw))
     except ValueError:
         return gr.update()
-
-
-def _pictures(result: Result) -> list[np.ndarray]:
-    return list((result.images.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def _report(result: Result, notes: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,6 +63,11 @@ class Result:
     seconds: float
     unet_calls: int
     plans: list[Plan] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> np.ndarray:
+        """The images as [B, H, W, 3] uint8."""
+        return (self.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
 class Interrupted(Exception):

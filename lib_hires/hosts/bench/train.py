@@ -3,11 +3,11 @@
     python -m lib_hires.hosts.bench.train vae --workers 2
     python -m lib_hires.hosts.bench.train latents --workers 2
     python -m lib_hires.hosts.bench.train unet --workers 2
-    python -m lib_hires.hosts.bench.train measure
+    ./dev bench --rows native,naive --pictures 120
 
-Each step leaves its checkpoint in the run folder and what the bench needs, in half precision, in the weights folder.
-Threads of one process spin on shared cores, so every process has one thread; `--workers` averages gradients over
-processes instead.
+Each of the first three leaves its checkpoint in the run folder and what the bench needs, in half precision, in the
+weights folder; the last measures the result. Threads of one process spin on shared cores, so every process has one
+thread; `--workers` averages gradients over processes instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -35,7 +34,6 @@ from torch import Tensor, nn
 
 from lib_hires.hosts.bench import model as bench_model
 from lib_hires.hosts.bench import scenes
-from lib_hires.hosts.bench.counter import count_objects, wilson_interval
 from lib_hires.hosts.bench.text import TextEncoder
 
 RUN_DIR = Path("out/bench_train")
@@ -467,54 +465,12 @@ def train_unet(settings: Settings, rank: int) -> None:
         update_json(settings.weights_dir / "metrics.json", unet=run_summary(trainer))
 
 
-# --------------------------------------------------------------------------------------------------- measurement
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (B,3,H,W) in 0..1 as (B,H,W,3) uint8."""
-    return (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
-
-
-def count_errors(models: bench_model.BenchModels, factor: int, count: int, batch: int = 8) -> dict[str, Any]:
-    """Sample `count` balanced captions at `factor` times the native size and count their objects."""
-    side = factor * bench_model.NATIVE_SIZE // bench_model.LATENT_FACTOR
-    results = []
-    for start in range(0, count, batch):
-        numbers = range(start, min(start + batch, count))
-        colours = [SHAPE_COLOUR_PAIRS[n % len(SHAPE_COLOUR_PAIRS)][1] for n in numbers]
-        prompts = [scenes.CAPTIONS[n % len(scenes.CAPTIONS)] for n in numbers]
-        noise = bench_model.initial_noise([10_000 + n for n in numbers], side, side)
-        images = to_uint8(models.vae.decode(bench_model.sample_ddim(models, prompts, noise)))
-        results += [count_objects(image, colour) for image, colour in zip(images, colours, strict=True)]
-    wrong = sum(not result.is_single for result in results)
-    wrong_any = sum(result.any_colour_count != 1 for result in results)
-    return {
-        "n": count,
-        "count_error": round(wrong / count, 4),
-        "wilson_95": [round(bound, 4) for bound in wilson_interval(wrong, count)],
-        "any_colour_count_error": round(wrong_any / count, 4),
-        "mean_count": round(sum(result.count for result in results) / count, 3),
-        "main_object_area": round(sum(result.area for result in results) / count, 4),
-        "sampler": "DDIM 25 steps, guidance 3",
-    }
-
-
-def measure(settings: Settings, rank: int) -> None:
-    """Measure the stored weights: count errors at the native size and, untreated, at twice that size."""
-    models = bench_model.load_models(settings.weights_dir)
-    for name, factor, count in (("base", 1, 120), ("naive_2x", 2, 48)):
-        result = count_errors(models, factor, count)
-        print(name, result, flush=True)
-        update_json(settings.weights_dir / "metrics.json", **{name: result})
-
-
 # -------------------------------------------------------------------------------------------------- command line
 
 COMMANDS: dict[str, Callable[[Settings, int], None]] = {
     "vae": train_vae,
     "latents": encode_pool,
     "unet": train_unet,
-    "measure": measure,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "vae": {"steps": 1400, "batch": 16, "ema_decay": 0.995, "warmup": 50, "save_every": 200},
