@@ -39,14 +39,14 @@ class TechniqueUI:
         """Redraw at every change of a component, or of the step count where the host has a component for it."""
         watched = [*self.arguments[1:], *([steps] if steps is not None else [])]
         for component_ in watched:
-            inputs, outputs = [self.presets.choice, *watched], [self.view, *self.presets.list]
+            inputs, outputs = [*self.presets.list, *watched], [self.view, self.presets.choice]
             component_.change(self._refresh, inputs, outputs, **LIVE)
 
-    def _refresh(self, preset: Any, *values: Any) -> list[Any]:
+    def _refresh(self, preset: Any, known: Any, *values: Any) -> list[Any]:
         count = len(self.arguments) - 1
         steps = values[count] if len(values) > count else DEFAULT_STEPS
         settings, notes = read_values(self.technique, values[:count])
-        return [view(self.technique, settings, notes, steps), *self.presets.naming(settings, preferred=preset)]
+        return [view(self.technique, settings, notes, steps), self.presets.name_among(known, settings, preset)]
 
 
 @dataclass

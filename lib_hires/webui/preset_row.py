@@ -58,6 +58,12 @@ class PresetRow:
         names = list(presets)
         return [gr.update(choices=names, value=matching_name(presets, settings, preferred)), names]
 
+    def name_among(self, known: Any, settings: Settings | None, preferred: Any) -> Any:
+        """Update of the choice alone. A list that this came into while it was open would otherwise lose its entries."""
+        presets = self._store.all(self._technique)
+        listed = {name: presets[name] for name in known if name in presets}
+        return gr.update(value=matching_name(listed, settings, preferred))
+
     def _look_again(self, known: Any) -> list[Any]:
         names = list(self._store.all(self._technique))
         # nothing where nothing is new: gradio 3 filters an open list by its own text when it gets its choices again

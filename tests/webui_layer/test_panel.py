@@ -81,11 +81,11 @@ def test_a_host_may_bring_its_own_section(store):
     assert [switch for _, switch in made] == [ui.arguments[0] for ui in built.techniques]
 
 
-def refresh(built, preset=None, steps=20, **changes):
+def refresh(built, preset=None, steps=20, known=tuple(DEEP_SHRINK.presets), **changes):
     values = [getattr(KIND(**changes) if _are_valid(changes) else KIND(), field) for field in params_of(KIND)]
     if not _are_valid(changes):
         values = [changes.get(field, value) for field, value in zip(params_of(KIND), values, strict=True)]
-    shown, update, _ = built.techniques[0]._refresh(preset, *values, steps)
+    shown, update = built.techniques[0]._refresh(preset, known, *values, steps)
     return shown, update["value"]
 
 
@@ -114,7 +114,7 @@ def test_no_step_count_raises(built, steps):
 
 @pytest.mark.parametrize("value", [None, "", "abc", float("nan"), [], {}])
 def test_no_value_raises(built, value):
-    built.techniques[0]._refresh(value, *[value] * len(params_of(KIND)), value)
+    built.techniques[0]._refresh(value, [], *[value] * len(params_of(KIND)), value)
 
 
 @pytest.fixture
@@ -142,7 +142,8 @@ def test_the_list_knows_what_was_saved_elsewhere(row, store, built):
     update, names = row._look_again(known)
     assert update["choices"] == names == [*known, "elsewhere"]
     assert "choices" not in row._look_again(names)[0]
-    assert refresh(built, factor=3.3)[1] == "elsewhere"
+    assert refresh(built, factor=3.3)[1] is None, "a name that the browser's list does not have yet"
+    assert refresh(built, factor=3.3, known=names)[1] == "elsewhere"
 
 
 def test_saving_and_deleting(row, store):
