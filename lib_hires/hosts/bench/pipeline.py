@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,8 +194,3 @@ class _Eps:
     def apply_model(self, x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
         self._bench.unet_calls += 1
         return self._bench.models.unet(x, timestep, context=cond)
-
-
-def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
