@@ -13,8 +13,7 @@ from torch import Tensor
 from lib_hires.resize import map_size
 from lib_hires.run import Call, Size
 from lib_hires.sites import FeatureMaps
-
-INPUT, MIDDLE, OUTPUT = "input", "middle", "output"
+from lib_hires.topology import INPUT
 
 
 class FeatureMapWalk:

@@ -10,6 +10,8 @@ from lib_hires.topology import UNetTopology
 Size = tuple[int, int]  # (height, width)
 
 FIRST_PASS, HIRES_PASS, IMG2IMG_PASS = "first pass", "hires pass", "img2img"
+EPS, V, FLOW = "eps", "v", "flow"  # what a model predicts; flow: x = (1 - sigma) x0 + sigma noise
+COND, UNCOND, PERTURBED = "cond", "uncond", "perturbed"  # what one batch row of a UNet evaluation predicts
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class ModelFacts:
     schedule: NoiseSchedule
     unet: UNetTopology | None  # None: not a UNet of the LDM family (a DiT, or a compiled replacement)
     no_unet_reason: str = "this model is not a UNet"
+    prediction: str = EPS
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,15 @@ class Call:
     """One evaluation of the denoiser inside a run.
 
     `sizes` holds the true (height, width) of the feature map inside each UNet block, by (side, index), filled while
-    the UNet runs: techniques that work on tokens read it and never guess a size from a token count.
+    the UNet runs: techniques that work on tokens read it and never guess a size from a token count. `rows` says what
+    each batch row of the UNet evaluation in progress predicts; hosts set it where a site needs it.
     """
 
     sigma: float
     step: int
     sizes: dict[tuple[str, int], Size] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
+
+    def rows_of(self, kind: str) -> list[int]:
+        """Batch rows of the evaluation in progress that predict `kind`."""
+        return [row for row, predicts in enumerate(self.rows) if predicts == kind]

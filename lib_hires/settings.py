@@ -165,6 +165,22 @@ def passes_choice() -> Any:
     )
 
 
+def window_start() -> Any:
+    return number(
+        0.0, 0.0, 1.0, 0.01,
+        label="Start",
+        help="Fraction of the pass at which it begins to act. 0 is the first step.",
+    )  # fmt: skip
+
+
+def window_end() -> Any:
+    return number(
+        1.0, 0.0, 1.0, 0.01,
+        label="End",
+        help="Fraction of the pass at which it stops. 1 is the last step.",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of every technique's settings. Subclasses are frozen dataclasses of declared parameters."""

@@ -6,9 +6,13 @@ A technique's patch derives from the sites that it uses and overrides the method
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from lib_hires.run import Call, Size
+from lib_hires.topology import AttentionLayer
 
 
 class FeatureMaps:
@@ -25,3 +29,103 @@ class FeatureMaps:
     def grow(self, h: Tensor, size: Size, index: int, call: Call) -> Tensor | None:
         """Bring `h` to the size of the skip that output block `index` joins it with. None: not mine."""
         return None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What the model predicted in one call, before anybody changed it. Tensors are x0 (denoised) [B, C, h, w], float32.
+
+    `x` is the noisy latent: x0 + sigma noise (VE), or (1 - sigma) x0 + sigma noise for a flow model. `uncond` is None
+    where there is no guidance (CFG scale 1, or a step in which the host or a technique skipped it). `scale` is the CFG
+    scale in force times the weights of composed prompts, a number or [B, 1, 1, 1]. `perturbed` is the prediction that
+    a `PerturbedAttention` asked for. `predict(x, kind)` is one more evaluation, at another noisy latent and this
+    call's noise level, with the prompts of COND or UNCOND.
+    """
+
+    x: Tensor
+    cond: Tensor
+    uncond: Tensor | None
+    scale: float | Tensor
+    call: Call
+    perturbed: Tensor | None
+    predict: Callable[[Tensor, str], Tensor]
+
+
+class Guidance:
+    """From the raw predictions to the denoised result: changes before and after the host mixes cond and uncond.
+
+    The host's mix is uncond + scale (cond - uncond). Patches act in registry order; `raw` always holds what the model
+    predicted, whatever earlier patches changed. A patch that does nothing returns the very tensors it was given.
+    """
+
+    def skips_uncond(self, call: Call) -> bool:
+        """True where this call needs no uncond prediction: it is then left out where the host can."""
+        return False
+
+    def before_mix(self, cond: Tensor, uncond: Tensor, raw: Predictions) -> tuple[Tensor, Tensor]:
+        """The (cond, uncond) to be mixed. Not called where there is no uncond."""
+        return cond, uncond
+
+    def after_mix(self, denoised: Tensor, raw: Predictions) -> Tensor:
+        """The denoised result."""
+        return denoised
+
+
+@dataclass(frozen=True)
+class Place:
+    """One self-attention in one call. `size` is the true (h, w) of its tokens [B, h*w, C], row major."""
+
+    layer: AttentionLayer
+    size: Size
+    heads: int
+    call: Call
+
+
+class Projections:
+    """Queries, keys and values [B, N, heads * d] of a layer, each made when it is first asked for."""
+
+    def __init__(self, q: Callable[[], Tensor], k: Callable[[], Tensor], v: Callable[[], Tensor]) -> None:
+        self._make = {"q": q, "k": k, "v": v}
+        self._made: dict[str, Tensor] = {}
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._make[name]()
+        return self._made[name]
+
+    @property
+    def q(self) -> Tensor:
+        return self._get("q")
+
+    @property
+    def k(self) -> Tensor:
+        return self._get("k")
+
+    @property
+    def v(self) -> Tensor:
+        return self._get("v")
+
+
+class PerturbedAttention:
+    """One more prediction of cond, made with perturbed self-attention in some layers. One such patch per plan."""
+
+    def perturbs(self, call: Call) -> bool:
+        """Whether this call needs the perturbed prediction."""
+        raise NotImplementedError
+
+    def perturbs_in(self, layer: AttentionLayer) -> bool:
+        raise NotImplementedError
+
+    def perturb(self, projections: Projections, place: Place) -> Tensor:
+        """What the attention of the perturbed rows returns, [B, N, heads * d], before the output projection."""
+        raise NotImplementedError
+
+
+class RecordedAttention:
+    """Looks at the attention of the uncond rows (of the cond rows where there is no uncond), and changes nothing."""
+
+    def records_in(self, layer: AttentionLayer, call: Call) -> bool:
+        raise NotImplementedError
+
+    def record(self, projections: Projections, place: Place) -> None:
+        raise NotImplementedError

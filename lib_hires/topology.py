@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+INPUT, MIDDLE, OUTPUT = "input", "middle", "output"
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The self-attention of one transformer block: LDM block number on its side, and depth inside the block."""
+
+    side: str
+    block: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -13,6 +25,7 @@ class UNetTopology:
     input_blocks: int
     output_blocks: int
     downsamplers: tuple[int, ...]  # input blocks that halve the map
+    attention: tuple[AttentionLayer, ...] = ()  # in the order in which they run
 
     def halvings_after(self, input_block: int) -> int:
         """How often the map is still halved on the way from this input block to the deepest level."""
@@ -28,7 +41,23 @@ def unet_topology(unet: Any) -> UNetTopology | None:
         input_blocks=len(unet.input_blocks),
         output_blocks=len(unet.output_blocks),
         downsamplers=tuple(i for i, block in enumerate(unet.input_blocks) if _halves(block)),
+        attention=tuple(self_attention_modules(unet)),
     )
+
+
+def self_attention_modules(unet: Any) -> dict[AttentionLayer, Any]:
+    """Every self-attention module (`attn1` of a transformer block) of an LDM UNet, in running order."""
+    return {
+        AttentionLayer(side, block, depth): attention
+        for side, block, module in _blocks(unet)
+        for depth, attention in enumerate(m.attn1 for m in module.modules() if hasattr(m, "attn1"))
+    }
+
+
+def _blocks(unet: Any) -> Iterator[tuple[str, int, Any]]:
+    yield from ((INPUT, index, block) for index, block in enumerate(unet.input_blocks))
+    yield MIDDLE, 0, unet.middle_block
+    yield from ((OUTPUT, index, block) for index, block in enumerate(unet.output_blocks))
 
 
 def _halves(block: Any) -> bool:

@@ -37,3 +37,18 @@ class Window:
         if self.is_empty:
             return SigmaRange(0.0, float("inf"))
         return SigmaRange(run.sigma_at(self.start), run.sigma_at(self.end))
+
+
+class Windowed:
+    """For settings with the fields `start` and `end` (see settings.window_start and window_end)."""
+
+    start: float
+    end: float
+
+    def window(self, run: Run) -> SigmaRange:
+        return Window(self.start, self.end).resolve(run)
+
+    def problem(self) -> str | None:
+        if not Window(self.start, self.end).is_empty:
+            return None
+        return f"start {self.start:g} is not before end {self.end:g}, so it would never act: lower Start, or raise End"

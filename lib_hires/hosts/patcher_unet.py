@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lib_hires.feature_maps import INPUT, MIDDLE, OUTPUT, FeatureMapWalk
+from lib_hires.feature_maps import FeatureMapWalk
 from lib_hires.plan import Plan
 from lib_hires.resize import BILINEAR, map_size, resize
 from lib_hires.run import Call
 from lib_hires.sites import FeatureMaps
+from lib_hires.topology import INPUT, MIDDLE, OUTPUT
 
 Control = dict[str, list[Any]]
 
