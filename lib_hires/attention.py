@@ -29,13 +29,13 @@ class AttentionWalk:
         self, perturbing: Sequence[PerturbedAttention], recording: Sequence[RecordedAttention], call: Call
     ) -> None:
         self._perturbing = [patch for patch in perturbing if patch.perturbs(call)]
-        self._recording = recording
+        self._recording = [patch for patch in recording if patch.records(call)]
         self._call = call
 
     def serves(self, layer: AttentionLayer) -> bool:
         """Whether this layer needs a hook in this call."""
         return any(patch.perturbs_in(layer) for patch in self._perturbing) or any(
-            patch.records_in(layer, self._call) for patch in self._recording
+            patch.records_in(layer) for patch in self._recording
         )
 
     def attention(
@@ -54,7 +54,7 @@ class AttentionWalk:
         """
         place = Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call)
         for recorder in self._recording:
-            if recorder.records_in(layer, self._call):
+            if recorder.records_in(layer):
                 self._record(recorder, project, place)
         for patch in self._perturbing:
             rows = self._call.rows_of(PERTURBED)

@@ -10,6 +10,7 @@ from typing import TypeVar
 from lib_hires.registry import TECHNIQUES
 from lib_hires.run import HIRES_PASS, IMG2IMG_PASS, Run
 from lib_hires.settings import FIRST, HIRES, Settings
+from lib_hires.sites import Guidance
 from lib_hires.technique import Patch, Refusal, Rest, Technique
 
 log = logging.getLogger("hires_plus")
@@ -60,7 +61,10 @@ def _begin(technique: Technique, settings: Settings, plan: Plan) -> None:
         problem = settings.problem()
         if problem:
             raise Refusal(problem)
-        plan.patches[technique.name] = technique.begin(settings, plan.run)
+        patch = technique.begin(settings, plan.run)
+        if isinstance(patch, Guidance) and plan.run.model.no_guidance_reason:
+            raise Refusal(f"{plan.run.model.no_guidance_reason}: switch {technique.title} off for this model")
+        plan.patches[technique.name] = patch
     except Rest as rest:
         plan.resting[technique.title] = str(rest)
     except Refusal as refusal:

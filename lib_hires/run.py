@@ -24,6 +24,7 @@ class ModelFacts:
     unet: UNetTopology | None  # None: not a UNet of the LDM family (a DiT, or a compiled replacement)
     no_unet_reason: str = "this model is not a UNet"
     prediction: str = EPS
+    no_guidance_reason: str = ""  # why the combination of cond and uncond is out of reach; empty: it is not
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,11 @@ class PerturbedAttention:
 class RecordedAttention:
     """Looks at the attention of the uncond rows (of the cond rows where there is no uncond), and changes nothing."""
 
-    def records_in(self, layer: AttentionLayer, call: Call) -> bool:
+    def records(self, call: Call) -> bool:
+        """Whether it looks at this call."""
+        raise NotImplementedError
+
+    def records_in(self, layer: AttentionLayer) -> bool:
         raise NotImplementedError
 
     def record(self, projections: Projections, place: Place) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.guidance import GuidancePipeline
+from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.webui import native_size, planned_sigmas
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
-from lib_hires.run import Call, ModelFacts
+from lib_hires.run import EPS, FLOW, Call, ModelFacts, V
 from lib_hires.topology import unet_topology
 
 
@@ -23,7 +26,16 @@ class A1111:
         if _replaced_unet():
             topology, reason = None, "a compiled UNet (sd_unet) replaces the model's own"
         schedule = NoiseSchedule.from_alphas_cumprod(sd_model.alphas_cumprod.float().cpu().tolist())
-        return ModelFacts(family, native_size(native), schedule, topology, reason)
+        edits = getattr(sd_model, "cond_stage_key", None) == "edit"
+        return ModelFacts(
+            family,
+            native_size(native),
+            schedule,
+            topology,
+            reason,
+            prediction=_prediction(sd_model),
+            no_guidance_reason="this InstructPix2Pix model mixes three predictions" if edits else "",
+        )
 
     def unet_identity(self, sd_model: Any) -> Any:
         return getattr(getattr(sd_model, "model", None), "diffusion_model", None)
@@ -35,12 +47,38 @@ class A1111:
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)
 
-    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call], Any]:
+    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         network = self.unet_identity(sd_model)
-        return lambda call: patched_unet(network, plan, call)
+        unet, pipeline = HookedUnet(network, plan), GuidancePipeline(plan)
+
+        @contextmanager
+        def open_call(call: Call, params: Any) -> Iterator[None]:
+            with ExitStack() as stack:
+                stack.enter_context(unet.open(call))
+                if pipeline:
+                    space = EpsSpace(call.sigma) if _counts_timesteps(params.denoiser) else DenoisedSpace()
+                    guided = GuidedCall(pipeline, params, call, space, _may_skip_uncond(params.denoiser))
+                    stack.enter_context(guided.open(network))
+                yield
+
+        return open_call
 
 
 ADAPTER = A1111()
+
+
+def _prediction(sd_model: Any) -> str:
+    if getattr(sd_model, "is_sd3", False):
+        return FLOW
+    return V if getattr(sd_model, "parameterization", "eps") == "v" else EPS
+
+
+def _may_skip_uncond(denoiser: Any) -> bool:
+    """Not where the host itself looks at the uncond rows: DDIM CFG++, and the live preview of the negative prompt."""
+    from modules import shared
+
+    needed = getattr(denoiser, "need_last_noise_uncond", False)
+    return not needed and shared.opts.live_preview_content != "Negative prompt"
 
 
 def _family(sd_model: Any) -> tuple[str, int]:

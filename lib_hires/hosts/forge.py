@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.instance import instance_attribute
+from lib_hires.hosts.patcher_guidance import install_guidance
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.hosts.webui import native_size, planned_sigmas
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
-from lib_hires.run import Call, ModelFacts
+from lib_hires.run import EPS, FLOW, Call, ModelFacts, V
 from lib_hires.topology import unet_topology
 
 _FAMILIES = (  # flag on sd_model, name, native latent side
@@ -30,7 +36,8 @@ class Forge:
         family, native = _family(sd_model)
         topology = unet_topology(unet.model.diffusion_model)
         reason = f"{type(unet.model.diffusion_model).__name__} is not a UNet"
-        return ModelFacts(family, native_size(native), _schedule(unet.model), topology, reason)
+        prediction = _prediction(unet.model)
+        return ModelFacts(family, native_size(native), _schedule(unet.model), topology, reason, prediction)
 
     def unet_identity(self, sd_model: Any) -> Any:
         return sd_model.forge_objects.unet.model.diffusion_model
@@ -41,17 +48,17 @@ class Forge:
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)
 
-    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call], Any]:
-        patched = PatchedUnet(sd_model.forge_objects.unet, plan)
+    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
+        functions = _host_functions()
+        patched = PatchedUnet(sd_model.forge_objects.unet, plan, functions.attention, functions.fits)
+        pipeline = GuidancePipeline(plan)
+        if pipeline:
+            install_guidance(patched.patcher, patched.cell, pipeline, functions.evaluate)
 
         @contextmanager
-        def open_call(call: Call) -> Iterator[None]:
-            with instance_attribute(sd_model.forge_objects, "unet", patched.patcher):
-                patched.open(call)
-                try:
-                    yield
-                finally:
-                    patched.close()
+        def open_call(call: Call, params: Any) -> Iterator[None]:
+            with instance_attribute(sd_model.forge_objects, "unet", patched.patcher), patched.open(call):
+                yield
 
         return open_call
 
@@ -66,7 +73,46 @@ def _family(sd_model: Any) -> tuple[str, int]:
     return type(sd_model).__name__, 128
 
 
+def _levels(model: Any) -> Any:
+    """Forge and Neo keep sigma table and prediction type in `predictor`, reForge and Classic in `model_sampling`."""
+    return getattr(model, "predictor", None) or model.model_sampling
+
+
 def _schedule(model: Any) -> NoiseSchedule:
-    """Forge and Neo keep the sigma table in `predictor`, reForge and Classic in `model_sampling`."""
-    levels = getattr(model, "predictor", None) or model.model_sampling
-    return NoiseSchedule(levels.sigmas.float().cpu().tolist())
+    return NoiseSchedule(_levels(model).sigmas.float().cpu().tolist())
+
+
+def _prediction(model: Any) -> str:
+    """Forge names the type; in reForge and Classic it is one of the classes that model_sampling derives from."""
+    levels = _levels(model)
+    names = {getattr(levels, "prediction_type", "")} | {kind.__name__ for kind in type(levels).__mro__}
+    if names & {"const", "CONST"}:
+        return FLOW
+    return V if names & {"v_prediction", "V_PREDICTION"} else EPS
+
+
+@dataclass(frozen=True)
+class _HostFunctions:
+    """What our patches call back."""
+
+    attention: Callable[..., Tensor]  # (q, k, v, heads)
+    evaluate: Callable[..., tuple[Tensor, Tensor]]
+    free_memory: Callable[[Any], float]
+
+    def fits(self, model: Any, shape: Sequence[int], device: Any) -> bool:
+        """The host's own test before it batches conditions."""
+        return model is None or model.memory_required(list(shape)) < self.free_memory(device)
+
+
+def _host_functions() -> _HostFunctions:
+    if importlib.util.find_spec("backend") is not None:
+        from backend import memory_management
+        from backend.attention import attention_function
+        from backend.sampling.sampling_function import calc_cond_uncond_batch
+
+        return _HostFunctions(attention_function, calc_cond_uncond_batch, memory_management.get_free_memory)
+    from ldm_patched.ldm.modules.attention import optimized_attention
+    from ldm_patched.modules import model_management
+    from ldm_patched.modules.samplers import calc_cond_uncond_batch
+
+    return _HostFunctions(optimized_attention, calc_cond_uncond_batch, model_management.get_free_memory)

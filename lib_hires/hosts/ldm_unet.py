@@ -13,21 +13,37 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lib_hires.attention import AttentionWalk, Rows
 from lib_hires.feature_maps import FeatureMapWalk
+from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan
 from lib_hires.run import Call
-from lib_hires.sites import FeatureMaps
-from lib_hires.topology import INPUT, MIDDLE, OUTPUT
+from lib_hires.sites import FeatureMaps, PerturbedAttention, Projections, RecordedAttention
+from lib_hires.topology import INPUT, MIDDLE, OUTPUT, AttentionLayer, self_attention_modules
 
 
-@contextmanager
-def patched_unet(unet: nn.Module, plan: Plan, call: Call) -> Iterator[None]:
-    """Serve the plan's UNet sites on `unet` for the duration of one denoiser call."""
-    with ExitStack() as stack:
-        feature_patches = plan.at(FeatureMaps)
-        if feature_patches:
-            stack.enter_context(_walked(unet, FeatureMapWalk(feature_patches, call)))
-        yield
+class HookedUnet:
+    """Serves a plan's UNet sites on `unet` while a call is open."""
+
+    def __init__(self, unet: nn.Module, plan: Plan) -> None:
+        self._unet = unet
+        self._feature_patches = plan.at(FeatureMaps)
+        self._perturbing = plan.at(PerturbedAttention)
+        self._recording = plan.at(RecordedAttention)
+        watched = self._perturbing or self._recording
+        self._attention = self_attention_modules(unet) if watched else {}
+
+    @contextmanager
+    def open(self, call: Call) -> Iterator[None]:
+        attention = AttentionWalk(self._perturbing, self._recording, call)
+        served = {layer: module for layer, module in self._attention.items() if attention.serves(layer)}
+        with ExitStack() as stack:
+            if self._feature_patches or served:  # attention needs the true sizes that the walk notes
+                stack.enter_context(_walked(self._unet, FeatureMapWalk(self._feature_patches, call)))
+            for layer, module in served.items():
+                forward = _served_attention(attention, layer, module)
+                stack.enter_context(instance_attribute(module, "forward", forward))
+            yield
 
 
 @contextmanager
@@ -67,3 +83,24 @@ def _enter_input(walk: FeatureMapWalk, side: str, index: int, h: Tensor) -> Tens
 def _enter_output(walk: FeatureMapWalk, index: int, h: Tensor) -> Tensor:
     walk.enter(OUTPUT, index, h)
     return h
+
+
+def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any) -> Callable[..., Tensor]:
+    """A forward for one self-attention module. Rows that nobody changes go through the module's own forward, which
+    may be the host's optimised one or another extension's."""
+    original = module.forward
+
+    def forward(x: Tensor, context: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if context is not None and context is not x:
+            return original(x, context, *args, **kwargs)
+
+        def plain(rows: Rows) -> Tensor:
+            return original(x if len(rows) == len(x) else x[list(rows)], None, *args, **kwargs)
+
+        def project(rows: Rows) -> Projections:
+            tokens = x[list(rows)]
+            return Projections(lambda: module.to_q(tokens), lambda: module.to_k(tokens), lambda: module.to_v(tokens))
+
+        return walk.attention(layer, module.heads, len(x), project, plain, module.to_out)
+
+    return forward

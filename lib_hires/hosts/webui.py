@@ -43,8 +43,9 @@ class HostAdapter(Protocol):
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         """Noise levels of a run, from the arguments of the sampler function."""
 
-    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call], Any]:
-        """Prepare a plan on the current model; returns a function that opens a call as a context manager."""
+    def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
+        """Prepare a plan on the current model; returns a function that opens a call (with the callback's parameters)
+        as a context manager."""
 
 
 def attach(p: Any, generation: Generation) -> None:
@@ -98,7 +99,7 @@ class SamplingRun:
         self._denoiser = p.sampler.model_wrap_cfg
         self._network: Any = None
         self._plan: Plan | None = None
-        self._open: Callable[[Call], Any] | None = None
+        self._open: Callable[[Call, Any], Any] | None = None
         self._call = ExitStack()
         self._broken = False
 
@@ -142,7 +143,7 @@ class SamplingRun:
         assert self._plan is not None
         if self._open is not None:
             call = Call(self._adapter.call_sigma(params, self._plan.run.model), int(self._denoiser.step))
-            self._call.enter_context(self._open(call))
+            self._call.enter_context(self._open(call, params))
 
     def _begin_plan(self, network: Any) -> None:
         self._finish_plan()
@@ -168,7 +169,10 @@ class SamplingRun:
 
     def _warn_unfired(self) -> None:
         for title in self._plan.unfired() if self._plan else []:
-            log.warning(f"{title} is on but never acted in this pass: no step fell into its window, or no size changed")
+            log.warning(
+                f"{title} is on but never acted in this pass: no step fell into its window, no size changed, "
+                "or there was no negative prompt to guide against (CFG scale 1)"
+            )
 
 
 def _pass_name(p: Any) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from lib_hires.hosts.bench.ldm_import import import_ldm
 from lib_hires.hosts.bench.model import UNET_CONFIG
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import make_plan
 from lib_hires.run import FIRST_PASS, Call, ModelFacts, Run
@@ -63,7 +63,7 @@ def test_every_block_of_the_family(unet):
         for after_skip in (True, False):
             plan = make_plan({"deep_shrink": DeepShrinkSettings(block=block, after_skip=after_skip)}, run)
             call = Call(14.0, 0)
-            with patched_unet(network, plan, call):
+            with HookedUnet(network, plan).open(call):
                 out = evaluate(family, network, x)
             assert out.shape == plain.shape and out.isfinite().all()
             acted = plan.patches["deep_shrink"].fired > 0

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.attention import attend
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import make_plan
@@ -37,18 +38,19 @@ def plan_for(settings, x):
 @torch.no_grad()
 def on_ldm(x, settings, sigma):
     plan, call = plan_for(settings, x), Call(sigma, 0)
-    with patched_unet(LDM, plan, call):
+    with HookedUnet(LDM, plan).open(call):
         return LDM(x), call
 
 
 @torch.no_grad()
 def on_patcher(x, settings, sigma, control=None, patcher=None):
-    patched, call = PatchedUnet(patcher or FakePatcher(PATCHER), plan_for(settings, x)), Call(sigma, 0)
-    patched.open(call)
-    try:
+    patched, call = patched_unet(patcher or FakePatcher(PATCHER), plan_for(settings, x)), Call(sigma, 0)
+    with patched.open(call):
         return patched.patcher.evaluate(x, control), call
-    finally:
-        patched.close()
+
+
+def patched_unet(patcher, plan):
+    return PatchedUnet(patcher, plan, host_attention=attend, fits=lambda model, shape, device: True)
 
 
 def latents(height, width, batch=1, seed=0):
@@ -136,10 +138,9 @@ def test_an_exception_inside_the_unet_leaves_no_hook_behind():
 
 def test_a_closed_patcher_does_nothing_even_if_the_host_keeps_it():
     x = latents(32, 32)
-    patched = PatchedUnet(FakePatcher(PATCHER), plan_for(DeepShrinkSettings(), x))
-    patched.open(Call(EARLY, 0))
-    changed = patched.patcher.evaluate(x)
-    patched.close()
+    patched = patched_unet(FakePatcher(PATCHER), plan_for(DeepShrinkSettings(), x))
+    with patched.open(Call(EARLY, 0)):
+        changed = patched.patcher.evaluate(x)
     kept = copy.deepcopy(patched.patcher.model_options)
     plain = FakePatcher(PATCHER).evaluate(x)
     assert not torch.equal(changed, plain)
@@ -148,11 +149,10 @@ def test_a_closed_patcher_does_nothing_even_if_the_host_keeps_it():
 
 def test_patches_survive_the_clone_that_a_later_extension_makes():
     x = latents(32, 32)
-    patched = PatchedUnet(FakePatcher(PATCHER), plan_for(DeepShrinkSettings(), x))
+    patched = patched_unet(FakePatcher(PATCHER), plan_for(DeepShrinkSettings(), x))
     clone = patched.patcher.clone()
-    patched.open(Call(EARLY, 0))
-    assert torch.equal(clone.evaluate(x), patched.patcher.evaluate(x))
-    patched.close()
+    with patched.open(Call(EARLY, 0)):
+        assert torch.equal(clone.evaluate(x), patched.patcher.evaluate(x))
 
 
 def test_another_extensions_function_wrapper_stays_in_the_chain():
@@ -198,7 +198,7 @@ def test_control_in_the_manner_of_a1111s_extension_acts_on_shrunk_maps(side):
     settings = DeepShrinkSettings()
 
     def sample(control):
-        with torch.no_grad(), patched_unet(LDM, plan_for(settings, x), Call(EARLY, 0)):
+        with torch.no_grad(), HookedUnet(LDM, plan_for(settings, x)).open(Call(EARLY, 0)):
             return controlled_as_in_a1111(LDM, x, control)
 
     with_all = sample(residuals(x))

@@ -10,7 +10,7 @@ from torch import nn
 
 from lib_hires.generation import Generation
 from lib_hires.hosts import webui
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.run import ModelFacts
 from lib_hires.techniques.unet.deep_shrink import DeepShrinkSettings
@@ -58,7 +58,7 @@ class Adapter:
         return webui.planned_sigmas(arguments, facts.schedule.sigma)
 
     def installation(self, sd_model, plan):
-        return lambda call: patched_unet(sd_model.unet, plan, call)
+        return lambda call, params: HookedUnet(sd_model.unet, plan).open(call)
 
 
 @pytest.fixture

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib_hires.generation import Generation
+from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
-from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run
+from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run
+from lib_hires.sites import Predictions
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
@@ -163,22 +165,48 @@ class _Denoiser:
 
     def __init__(self, bench: Bench, request: Request, plan: Plan, wrapper: Any, steps: int) -> None:
         self._bench = bench
-        self._plan = plan
+        self._unet = HookedUnet(bench.models.unet, plan)
+        self._pipeline = GuidancePipeline(plan)
         self._wrapper = wrapper
         self._scale = request.cfg_scale
         self._steps = steps
         self._step = 0
         text = bench.models.text
-        negatives = [request.negative] * len(request.seeds)
-        self._context = torch.cat([text.encode(list(request.prompts)), text.encode(negatives)])
+        cond, uncond = text.encode(list(request.prompts)), text.encode([request.negative] * len(request.seeds))
+        self._context = {COND: cond, PERTURBED: cond, UNCOND: uncond}
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         call = Call(float(sigma[0]), self._step)
-        with patched_unet(self._bench.models.unet, self._plan, call):
-            both = self._wrapper(torch.cat([x, x]), torch.cat([sigma, sigma]), cond=self._context)
+        with self._unet.open(call):
+            denoised = self._denoised(x, sigma, call)
         self._bench.after_call(self._step, self._steps)
-        cond, uncond = both.chunk(2)
+        return denoised
+
+    def _denoised(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
+        wanted = [COND, *([PERTURBED] if self._pipeline.wants_perturbed(call) else [])]
+        wanted += [] if self._pipeline.skips_uncond(call) else [UNCOND]
+        made = self._predictions(x, sigma, call, wanted)
+        cond, uncond = made[COND], made.get(UNCOND)
+        raw = Predictions(
+            x=x,
+            cond=cond,
+            uncond=uncond,
+            scale=self._scale,
+            call=call,
+            perturbed=made.get(PERTURBED),
+            predict=lambda noisy, kind: self._predictions(noisy, sigma, call, [kind])[kind],
+        )
+        return self._pipeline.guide(raw, cond if uncond is None else self._mix(cond, uncond), self._mix)
+
+    def _mix(self, cond: Tensor, uncond: Tensor) -> Tensor:
         return uncond + self._scale * (cond - uncond)
+
+    def _predictions(self, x: Tensor, sigma: Tensor, call: Call, kinds: list[str]) -> dict[str, Tensor]:
+        """x0 of every kind, from one UNet evaluation."""
+        call.rows = tuple(kind for kind in kinds for _ in range(len(x)))
+        context = torch.cat([self._context[kind] for kind in kinds])
+        out = self._wrapper(torch.cat([x] * len(kinds)), torch.cat([sigma] * len(kinds)), cond=context)
+        return dict(zip(kinds, out.chunk(len(kinds)), strict=True))
 
     def count_step(self, state: dict[str, Any]) -> None:
         self._step = state["i"] + 1

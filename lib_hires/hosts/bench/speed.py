@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lib_hires.hosts.bench import webui_ldm
 from lib_hires.hosts.bench.model import LATENT_FACTOR, NATIVE_SIZE, UNET_CONFIG, build_unet
-from lib_hires.hosts.ldm_unet import patched_unet
+from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import make_plan
 from lib_hires.registry import BY_NAME
@@ -72,11 +72,11 @@ class Setup:
         schedule = NoiseSchedule.scaled_linear()
         facts = ModelFacts("SD 1.x (bench)", (NATIVE, NATIVE), schedule, unet_topology(self.unet))
         run = Run("bench", FIRST_PASS, facts, self.latent, (schedule.sigma_max, 0.0))
-        plan = make_plan({name: settings}, run)
+        unet = HookedUnet(self.unet, make_plan({name: settings}, run))
 
         @contextmanager
         def patched() -> Iterator[None]:
-            with patched_unet(self.unet, plan, Call(schedule.sigma_max, 0)):
+            with unet.open(Call(schedule.sigma_max, 0)):
                 yield
 
         return patched
