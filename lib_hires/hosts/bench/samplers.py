@@ -8,7 +8,8 @@ import importlib.util
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,13 +44,26 @@ def import_k_diffusion() -> types.SimpleNamespace:
         if spec is None or not spec.submodule_search_locations:
             raise ModuleNotFoundError("k-diffusion is not installed: run ./dev bench, which sets everything up")
         sys.modules["k_diffusion"] = _empty_package("k_diffusion", list(spec.submodule_search_locations))
-        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
-            sys.modules.setdefault(name, _empty_package(name, []))
-        transforms: Any = sys.modules["torchvision.transforms"]
-        transforms.functional = sys.modules["torchvision.transforms.functional"]
-    sampling: Any = importlib.import_module("k_diffusion.sampling")
-    external: Any = importlib.import_module("k_diffusion.external")
+    with _torchvision_in_name():
+        sampling: Any = importlib.import_module("k_diffusion.sampling")
+        external: Any = importlib.import_module("k_diffusion.external")
     return types.SimpleNamespace(sampling=sampling, external=external)
+
+
+@contextmanager
+def _torchvision_in_name() -> Iterator[None]:
+    """k-diffusion's utilities name it at import. Gone afterwards: other packages ask whether it is installed."""
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
+    missing = {name: _empty_package(name, []) for name in names if name not in sys.modules}
+    if "torchvision.transforms" in missing:
+        transforms: Any = missing["torchvision.transforms"]
+        transforms.functional = missing["torchvision.transforms.functional"]
+    sys.modules.update(missing)
+    try:
+        yield
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
 
 def noise_levels(wrapper: Any, schedule: str, steps: int) -> Tensor:
