@@ -1,5 +1,5 @@
-"""Guidance on a UNet patcher: chunks, composed prompts, memory, other extensions. The stand-in host goes the same way from
-conditions to a denoised result; what it should predict is computed condition by condition beside it."""
+"""Guidance on a UNet patcher: chunks, composed prompts, memory, other extensions. The stand-in host goes the same way
+from conditions to a denoised result; what it should predict is computed condition by condition beside it."""
 
 import copy
 import math
@@ -173,8 +173,8 @@ def test_another_extensions_cfg_function_mixes_what_we_hand_it():
 def test_other_extensions_post_cfg_functions_see_our_result():
     inputs, base = draw(), Patcher(UNET)
     base.set_model_sampler_post_cfg_function(lambda args: args["denoised"] + 100)
-    cond, uncond = expected(inputs)
-    _assert_close(guided(inputs, Trace(before=lambda c, u: (c, c)), Host(), base=base), cond + 100)
+    got = guided(inputs, Trace(before=lambda c, u: (c, c)), Host(), base=base)
+    _assert_close(got, expected(inputs)[0] + 100)
 
 
 @pytest.mark.parametrize("way", ["CFG scale 1", "skipped by a technique"])

@@ -1,7 +1,8 @@
 """The bench's main job: the same prompts at native size, naively larger, and larger with techniques; counted and shown.
 
-./dev bench                    12 pictures a row, about two minutes
-./dev bench --rows all --pictures 120   the published table
+./dev bench                                  12 pictures a row, about two minutes
+./dev bench --rows sizes --pictures 100      the published table of sizes
+./dev bench --rows guidance --pictures 40    every guidance technique at low, normal and burning CFG
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lib_hires.hosts.bench.counter import count_objects, wilson_interval
 from lib_hires.hosts.bench.model import NATIVE_SIZE, load_models
 from lib_hires.hosts.bench.pipeline import Bench, Request
 from lib_hires.hosts.bench.scenes import CAPTIONS
-from lib_hires.registry import BY_NAME
+from lib_hires.registry import BY_NAME, TECHNIQUES
 
 BATCH = 4
 
@@ -38,6 +39,7 @@ class Row:
     width: int
     height: int
     presets: tuple[tuple[str, str], ...] = ()  # (technique, preset)
+    cfg_scale: float | None = None  # None: that of the command line
 
     def generation(self) -> Generation:
         return Generation({name: BY_NAME[name].presets[preset] for name, preset in self.presets})
@@ -48,7 +50,7 @@ _HARD_CUT = (("deep_shrink", "2x, hard cut"),)
 _GRADUAL = (("deep_shrink", "Default (2x, gradual)"),)
 _FIRST = (("deep_shrink", "2x, composition first"),)
 
-ROWS: dict[str, Row] = {
+SIZE_ROWS: dict[str, Row] = {
     "native": Row("native", _N, _N),
     "naive": Row("naive 2x", 2 * _N, 2 * _N),
     "hard-cut": Row("DeepShrink 2x, hard cut", 2 * _N, 2 * _N, _HARD_CUT),
@@ -57,6 +59,22 @@ ROWS: dict[str, Row] = {
     "naive-wide": Row("naive 1x2", 2 * _N, _N),
     "deep-shrink-wide": Row("DeepShrink 1x2, composition first", 2 * _N, _N, _FIRST),
 }
+GUIDANCE = tuple(technique for technique in TECHNIQUES if technique.family == "Guidance")
+CFG_SCALES = (4.0, 7.5, 15.0)  # low, normal, burning
+
+
+def _guidance_rows(cfg_scale: float) -> Iterator[tuple[str, Row]]:
+    yield f"cfg-{cfg_scale:g}", Row(f"CFG {cfg_scale:g}", _N, _N, (), cfg_scale)
+    for technique in GUIDANCE:
+        preset = next(iter(technique.presets))
+        title = f"CFG {cfg_scale:g}, {technique.title}"
+        yield f"{technique.name}-{cfg_scale:g}", Row(title, _N, _N, ((technique.name, preset),), cfg_scale)
+
+
+GUIDANCE_ROWS = {name: row for cfg_scale in CFG_SCALES for name, row in _guidance_rows(cfg_scale)}
+ROWS = SIZE_ROWS | GUIDANCE_ROWS
+GUIDANCE_ROWS_HELP = "a guidance technique and a CFG scale (pag-7.5, cfg-15)"
+GROUPS = {"sizes": tuple(SIZE_ROWS), "guidance": tuple(GUIDANCE_ROWS)}
 DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
 
 
@@ -72,6 +90,21 @@ class Outcome:
     @property
     def errors(self) -> int:
         return sum(count != 1 for count in self.counts.values())
+
+    @property
+    def saturation(self) -> float:
+        """Mean of (max - min) / max over the colours of all pixels, as in HSV; black counts as 0."""
+        return float(np.mean([_saturation(picture) for picture in self.pictures.values()]))
+
+    @property
+    def clipped(self) -> float:
+        """Share of pixels with a channel at the end of its range: burnt highlights and drowned shadows."""
+        return float(np.mean([((p == 0) | (p == 255)).any(-1).mean() for p in self.pictures.values()]))
+
+
+def _saturation(picture: np.ndarray) -> float:
+    high, low = picture.max(-1).astype(np.float64), picture.min(-1)
+    return float(np.divide(high - low, high, out=np.zeros_like(high), where=high > 0).mean())
 
 
 @dataclass(frozen=True)
@@ -106,7 +139,7 @@ def _draw(task: Task) -> tuple[Task, np.ndarray, float, int]:
         width=row.width,
         height=row.height,
         steps=task.steps,
-        cfg_scale=task.cfg_scale,
+        cfg_scale=task.cfg_scale if row.cfg_scale is None else row.cfg_scale,
         sampler=task.sampler,
     )
     result = _bench.generate(request, row.generation())
@@ -149,7 +182,7 @@ def _tasks(rows: Sequence[str], options: argparse.Namespace) -> Iterator[Task]:
 def table(outcomes: dict[str, Outcome]) -> str:
     """The result as text: errors with Wilson 95 % intervals, objects, seconds and UNet calls per picture."""
     head = f"{'':34} {'size':>9} {'wrong':>9} {'rate':>6}  {'95 % interval':14} {'objects':>7} "
-    head += f"{'s/picture':>9} {'UNet calls':>10}"
+    head += f"{'satur.':>6} {'clipped':>7} {'s/picture':>9} {'UNet calls':>10}"
     lines = [head]
     for name, outcome in outcomes.items():
         row, n = ROWS[name], len(outcome.counts)
@@ -158,7 +191,8 @@ def table(outcomes: dict[str, Outcome]) -> str:
         mean = sum(outcome.counts.values()) / n
         lines.append(
             f"{row.title:34} {f'{row.width}x{row.height}':>9} {f'{outcome.errors}/{n}':>9} {outcome.errors / n:6.1%}  "
-            f"{interval:14} {mean:7.2f} {outcome.seconds / n:9.2f} {outcome.unet_calls / n:10.1f}"
+            f"{interval:14} {mean:7.2f} {outcome.saturation:6.3f} {outcome.clipped:7.1%} "
+            f"{outcome.seconds / n:9.2f} {outcome.unet_calls / n:10.1f}"
         )
     return "\n".join(lines)
 
@@ -172,6 +206,9 @@ def as_json(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
             "errors": outcome.errors,
             "pictures": len(outcome.counts),
             "interval": wilson_interval(outcome.errors, len(outcome.counts)),
+            "cfg_scale": ROWS[name].cfg_scale,
+            "saturation": outcome.saturation,
+            "clipped": outcome.clipped,
             "counts": [outcome.counts[index] for index in sorted(outcome.counts)],
             "seconds_per_picture": outcome.seconds / len(outcome.counts),
             "unet_calls_per_picture": outcome.unet_calls / len(outcome.counts),
@@ -187,7 +224,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
-    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {', '.join(ROWS)}, or all")
+    known = f"{', '.join(SIZE_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
+    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {known}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg-scale", type=float, default=3.0)
     parser.add_argument("--sampler", default="Euler")
@@ -197,10 +235,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("out/bench"), help="folder for the contact sheet and the numbers"
     )
     options = parser.parse_args(arguments)
-    options.rows = list(ROWS) if options.rows == "all" else options.rows.split(",")
+    options.rows = [row for name in options.rows.split(",") for row in GROUPS.get(name, (name,))]
     unknown = [row for row in options.rows if row not in ROWS]
     if unknown:
-        parser.error(f"unknown rows {', '.join(unknown)}: choose from {', '.join(ROWS)}, or all")
+        parser.error(f"unknown rows {', '.join(unknown)}: choose from {known}")
     if options.pictures < 1 or options.steps < 1:
         parser.error(f"--pictures {options.pictures} and --steps {options.steps} must be at least 1")
     return options
