@@ -16,6 +16,8 @@ import numpy as np
 import requests
 from PIL import Image
 
+from lib_hires.registry import BY_NAME, TECHNIQUES
+
 TITLE = "Hires Plus"
 FAULTS = "Hires test faults"
 NOTE = "Hires Plus note"
@@ -49,7 +51,8 @@ def read_infotext(text: str) -> dict[str, str]:
 
 def ours(text: str) -> dict[str, str]:
     """The keys in an infotext that the plugin wrote."""
-    return {k: v for k, v in read_infotext(text).items() if k.startswith(("DeepShrink", TITLE))}
+    titles = tuple(technique.title for technique in TECHNIQUES)
+    return {k: v for k, v in read_infotext(text).items() if k.startswith((*titles, TITLE))}
 
 
 @dataclass
@@ -80,7 +83,11 @@ class Answer:
 
     @property
     def is_on(self) -> bool:
-        return self.keys.get("DeepShrink") == "on"
+        return self.acted("deep_shrink")
+
+    def acted(self, *techniques: str) -> bool:
+        """Whether the infotext says that all of these acted."""
+        return all(self.keys.get(BY_NAME[name].title) == "on" for name in techniques)
 
 
 class WebUI:

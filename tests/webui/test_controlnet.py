@@ -48,6 +48,18 @@ def test_control_after_the_shrinking_is_the_ordinary_one(webui, control):
     assert distance(answer.picture, without.picture) > 1
 
 
+@pytest.mark.parametrize("plugin", [{"pag": {}}, {"sag": {"scale": 2.0}}, {"pag": {}, **shrink(**WHOLE)}], ids=str)
+def test_control_and_further_predictions(webui, control, server_log, plugin):
+    """PAG's rows ride in the controlled evaluation, SAG takes one of its own: both are controlled like the rest."""
+    off = webui.txt2img(alwayson_scripts=control(1.0))
+    without = webui.txt2img(plugin, alwayson_scripts=control(0.0))
+    on = webui.txt2img(plugin, alwayson_scripts=control(1.0))
+    assert on.acted(*plugin) and is_alive(on.picture)
+    assert distance(on.picture, off.picture) > 0.1
+    assert distance(on.picture, without.picture) > 1
+    assert "control could not be applied" not in server_log()
+
+
 def test_afterwards_control_is_plain_again(webui, control, unharmed):
     before = webui.txt2img(alwayson_scripts=control(1.0))
     webui.txt2img(shrink(**WHOLE), alwayson_scripts=control(1.0))

@@ -2,8 +2,9 @@
 
 For test machines only; copy the folder `fault_extension` into the WebUI's extensions folder (docs/testing.md).
 API: `"alwayson_scripts": {"Hires test faults": {"args": ["raise", 3]}}` raises in the third UNet evaluation of the
-generation, "interrupt" and "skip" press the buttons of the same name there. GET /hires-test/state counts hooks,
-shadowed forwards and patches on the loaded model.
+generation, "interrupt" and "skip" press the buttons of the same name there, "count" does nothing but count.
+GET /hires-test/state counts hooks, shadowed forwards and patches on the loaded model, and the rows that every UNet
+evaluation of the last generation with such a request had.
 """
 
 import gc
@@ -26,20 +27,22 @@ class Fault:
         self.kind = kind
         self.call = call
         self.count = 0
+        self.rows = []
         self.handle = None
 
     def arm(self, unet):
         self.disarm()
         deep = getattr(unet, "middle_block", unet)
-        self.handle = deep.register_forward_pre_hook(lambda *_: self.on_evaluation())
+        self.handle = deep.register_forward_pre_hook(lambda _, args: self.on_evaluation(args))
 
     def disarm(self):
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
 
-    def on_evaluation(self):
+    def on_evaluation(self, args):
         self.count += 1
+        self.rows.append(len(args[0]) if args else 0)
         if self.count != self.call:
             return
         self.disarm()
@@ -53,12 +56,14 @@ class Fault:
 
 class HiresTestFaults(scripts.Script):
     armed: Fault | None = None  # shared by both tabs: one generation runs at a time
+    rows: list = []
 
     @classmethod
     def disarm(cls):
         if cls.armed is not None:
             cls.armed.disarm()
-        cls.armed = None
+            HiresTestFaults.rows = cls.armed.rows
+        HiresTestFaults.armed = None
 
     def title(self):
         return "Hires test faults"
@@ -120,7 +125,7 @@ def alive(package):
 def add_routes(demo, app):
     @app.get("/hires-test/state")
     def state(count_objects: bool = False):
-        answer = residue(shared.sd_model)
+        answer = {**residue(shared.sd_model), "rows": HiresTestFaults.rows}
         if count_objects:
             answer["alive"] = alive("lib_hires")
         return answer
