@@ -52,26 +52,34 @@ class AttentionWalk:
         `project(rows)` gives a layer's projections of some rows, `plain(rows)` the host's own attention with them,
         and `finish` what the host does with the result of an attention (its output projection, or nothing).
         """
-        place = Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call)
         for recorder in self._recording:
             if recorder.records_in(layer):
-                self._record(recorder, project, place)
+                self._record(recorder, layer, heads, project)
         for patch in self._perturbing:
             rows = self._call.rows_of(PERTURBED)
             if rows and patch.perturbs_in(layer):
-                others = [row for row in range(batch) if row not in rows]
-                perturbed = finish(patch.perturb(project(rows), place))
-                return perturbed if not others else _joined(rows, perturbed, others, plain(others))
+                perturbed = finish(patch.perturb(project(rows), self._place(layer, heads, PERTURBED)))
+                chosen = set(rows)
+                others = [row for row in range(batch) if row not in chosen]
+                return _joined(rows, perturbed, others, plain(others)) if others else perturbed
         return plain(range(batch))
 
-    def _record(self, recorder: RecordedAttention, project: ProjectRows, place: Place) -> None:
-        rows = self._call.rows_of(UNCOND) or self._call.rows_of(COND)
-        if rows:
-            recorder.record(project(rows), place)
+    def _record(self, recorder: RecordedAttention, layer: AttentionLayer, heads: int, project: ProjectRows) -> None:
+        for kind in (UNCOND, COND):
+            rows = self._call.rows_of(kind)
+            if rows:
+                recorder.record(project(rows), self._place(layer, heads, kind))
+                return
+
+    def _place(self, layer: AttentionLayer, heads: int, predicts: str) -> Place:
+        return Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call, predicts)
 
 
-def _joined(rows: Rows, one: Tensor, others: Rows, two: Tensor) -> Tensor:
-    out = torch.empty(len(rows) + len(others), *one.shape[1:], dtype=one.dtype, device=one.device)
-    out[list(rows)] = one
-    out[list(others)] = two.to(one.dtype)
-    return out
+def _joined(changed_rows: Rows, changed: Tensor, plain_rows: Rows, plain: Tensor) -> Tensor:
+    """All rows in their order, in the dtype of the plain ones, which thus stay what they are.
+
+    Stacked from views: a scatter by row numbers would copy an index to the device in every layer.
+    """
+    by_row = dict(zip(changed_rows, changed.to(plain.dtype), strict=True))
+    by_row.update(zip(plain_rows, plain, strict=True))
+    return torch.stack([by_row[row] for row in range(len(by_row))])

@@ -73,12 +73,22 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Place:
-    """One self-attention in one call. `size` is the true (h, w) of its tokens [B, h*w, C], row major."""
+    """One self-attention in one call, for the rows at hand.
+
+    `size` is the true (h, w) of its tokens [B, h*w, C], row major. `predicts` is what these rows predict: COND, UNCOND
+    or PERTURBED. Another extension may have changed the number of tokens: compare before reshaping to `size`.
+    """
 
     layer: AttentionLayer
     size: Size
     heads: int
     call: Call
+    predicts: str
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the layer has unless another extension changed it."""
+        return self.size[0] * self.size[1]
 
 
 class Projections:
@@ -122,7 +132,11 @@ class PerturbedAttention:
 
 
 class RecordedAttention:
-    """Looks at the attention of the uncond rows (of the cond rows where there is no uncond), and changes nothing."""
+    """Looks at the attention of the uncond rows, and changes nothing.
+
+    A UNet evaluation without uncond rows shows its cond rows instead. Hosts may spread one call over several
+    evaluations, so both kinds can come in one call, and one kind more than once: `place.predicts` says which it is.
+    """
 
     def records(self, call: Call) -> bool:
         """Whether it looks at this call."""
