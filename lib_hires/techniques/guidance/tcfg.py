@@ -91,8 +91,8 @@ TECHNIQUE = Technique(
     name="tcfg",
     title="TCFG",
     family="Guidance",
-    summary="Keeps the negative prompt from pushing the picture away from what both prompts agree on, against unnatural "
-    "shapes and artifacts; sometimes with a little less contrast.",
+    summary="Keeps the negative prompt from pushing the picture away from what both prompts agree on, against "
+    "unnatural shapes and artifacts; sometimes with a little less contrast.",
     source="Tangential Damping Classifier-Free Guidance (Kwon et al. 2025)",
     settings=TCFGSettings,
     begin=begin,
