@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class GuidancePipeline:
     def guide(self, raw: Predictions, mixed: Tensor, mix: Mix) -> Tensor:
         """The denoised result. `mixed` is what the host made of the raw predictions; it comes back as it is, the very
         tensor, where no patch acts."""
+        if raw.uncond is not None and self.skips_uncond(raw.call):  # the host could not leave it out
+            raw, mixed = replace(raw, uncond=None), raw.cond
         cond, uncond = raw.cond, raw.uncond
         if uncond is not None:
             for patch in self._patches:

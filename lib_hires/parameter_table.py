@@ -1,6 +1,6 @@
-"""The parameter table of the documentation, written from the declarations.
+"""The parameter tables of the documentation, written from the declarations.
 
-./dev python -m lib_hires.parameter_table     rewrites the table in README.md
+./dev python -m lib_hires.parameter_table     rewrites docs/parameters.md
 """
 
 from __future__ import annotations
@@ -11,13 +11,24 @@ from lib_hires.registry import TECHNIQUES
 from lib_hires.settings import changed_fields, params_of
 from lib_hires.technique import Technique
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- parameters: written by lib_hires.parameter_table -->", "<!-- end of parameters -->"
+PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
+HEAD = """# Parameters
+
+Every technique with its settings and presets. Written by `./dev python -m lib_hires.parameter_table` from the declarations
+that the panel, the API and the range checks come from.
+
+Fractions (Start, End) count the pass that is being sampled: 0 is its first step, 1 its end. For a pass that starts at
+full noise they mean the same as ComfyUI's percent, so values can be carried over.
+"""
 
 
-def markdown() -> str:
-    """All techniques with their parameters and presets."""
-    return "\n\n".join(_technique(technique) for technique in TECHNIQUES)
+def page() -> str:
+    """All techniques with their parameters and presets, by family."""
+    parts = [HEAD]
+    for family in dict.fromkeys(technique.family for technique in TECHNIQUES):
+        parts.append(f"## {family}\n")
+        parts += [f"{_technique(technique)}\n" for technique in TECHNIQUES if technique.family == family]
+    return "\n".join(parts)
 
 
 def _technique(technique: Technique) -> str:
@@ -42,15 +53,8 @@ def _technique(technique: Technique) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str) -> str:
-    """`text` with everything between the two markers replaced by the current table."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
-
-
 def main() -> None:
-    README.write_text(with_table(README.read_text()))
+    PAGE.write_text(page())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,27 @@
 """The list of techniques. A new technique is one file and one line here.
 
-The order is the order in the panel, in the positional API list (append only) and in which patches act on a shared site.
+The order is the order in the panel, in the positional API list (append only) and in which patches act on a shared
+site. For guidance it is: changes of the predictions before they are mixed (TCFG, FreSca, APG), maps of the mixed result
+(RescaleCFG to Mahiro), and what further predictions add (PAG, SAG).
 """
 
 from __future__ import annotations
 
 from lib_hires.technique import Technique
+from lib_hires.techniques.guidance import apg, cfg_norm, fresca, mahiro, pag, renorm_cfg, rescale_cfg, sag, tcfg
 from lib_hires.techniques.unet import deep_shrink
 
-TECHNIQUES: tuple[Technique, ...] = (deep_shrink.TECHNIQUE,)
+TECHNIQUES: tuple[Technique, ...] = (
+    deep_shrink.TECHNIQUE,
+    tcfg.TECHNIQUE,
+    fresca.TECHNIQUE,
+    apg.TECHNIQUE,
+    rescale_cfg.TECHNIQUE,
+    renorm_cfg.TECHNIQUE,
+    cfg_norm.TECHNIQUE,
+    mahiro.TECHNIQUE,
+    pag.TECHNIQUE,
+    sag.TECHNIQUE,
+)
 
 BY_NAME: dict[str, Technique] = {technique.name: technique for technique in TECHNIQUES}

