@@ -245,7 +245,7 @@ def curve(settings: PagSettings, run: Run) -> Curve:
 
 TECHNIQUE = Technique(
     name="pag",
-    title="PAG",
+    title="PAG / SEG",
     family="Guidance",
     summary="Makes shapes and structure more coherent by moving away from a prediction made with weakened attention.",
     source="Perturbed-Attention Guidance (Ahn et al. 2024); Smoothed Energy Guidance (Hong 2024)",
