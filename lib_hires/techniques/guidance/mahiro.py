@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lib_hires.run import Run
@@ -34,13 +33,19 @@ class MahiroSettings(Windowed, Settings):
 
 
 def similarity(negative_leap: Tensor, merged: Tensor) -> Tensor:
-    """How alike two x0 latents [B, C, h, w] are, wide [B, 1, 1, 1] in -1 to 1."""
-    cosine = torch.cosine_similarity(_flattened(negative_leap), _flattened(merged), dim=1, eps=1e-8)
-    return wide(cosine)[:, None].mean(dim=(1, 2, 3), keepdim=True)
+    """How alike two x0 latents [B, C, h, w] are, wide [B, 1, 1, 1] in -1 to 1.
+
+    q(a) q(b) = q(a b) and q(a)^2 = |a|, so the cosine needs one root for each channel and one for each length.
+    """
+    product = negative_leap * merged
+    along = (product.abs().sqrt() * product.sign()).sum(dim=1, keepdim=True)
+    cosine = along / (_length(negative_leap) * _length(merged))
+    return wide(cosine).mean(dim=(1, 2, 3), keepdim=True)
 
 
-def _flattened(z: Tensor) -> Tensor:
-    return z.sign() * z.abs().sqrt()
+def _length(z: Tensor) -> Tensor:
+    """|q(z)| over channels."""
+    return z.abs().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
 def merged_leap(denoised: Tensor, cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:

@@ -6,6 +6,8 @@ there is the picture. A result never depends on the other pictures of the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def wide(x: Tensor) -> Tensor:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over everything but the batch: [B, ...] x [B, ...] -> wide [B, 1, ...]."""
-    return (wide(a) * wide(b)).sum(dim=_all_but_batch(a), keepdim=True)
+    return _each(torch.dot, a, b)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -35,7 +37,19 @@ def channel_norm(x: Tensor) -> Tensor:
 
 def deviation(x: Tensor) -> Tensor:
     """Standard deviation over everything but the batch: [B, ...] -> wide [B, 1, ...]. 0 for a single element."""
-    return wide(x).std(dim=_all_but_batch(x), correction=0, keepdim=True)
+    return _each(_deviation, x)
+
+
+def _deviation(row: Tensor) -> Tensor:
+    centred = row - row.mean()
+    return (torch.dot(centred, centred) / row.numel()).sqrt()
+
+
+def _each(measure: Callable[..., Tensor], *latents: Tensor) -> Tensor:
+    """A measure of every picture as one wide row, shaped [B, 1, ...]. One at a time: a wide copy of a whole batch
+    costs more than the loop, and pictures cannot meet."""
+    measures = [measure(*(wide(row).flatten() for row in rows)) for rows in zip(*latents, strict=True)]
+    return torch.stack(measures).view(-1, *[1] * (latents[0].ndim - 1))
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -60,7 +74,3 @@ def velocity_anchor(x: Tensor, sigma: float) -> Tensor:
     With alpha = 1 / sqrt(sigma^2 + 1), v = (alpha^2 x - x0) / (alpha sigma) (Salimans & Ho 2022, sec. 4).
     """
     return x / (sigma * sigma + 1)
-
-
-def _all_but_batch(x: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, x.ndim))

@@ -59,7 +59,7 @@ class RenormCFGSettings(Windowed, Settings):
     )  # fmt: skip
     cfg_trunc: float = number(
         _NO_TRUNCATION, 0.0, _NO_TRUNCATION, 0.01,
-        label="cfg_trunc (ComfyUI)",
+        label="ComfyUI cfg_trunc",
         help="No guidance at noise levels (sigma) from this one up. 100 switches it off. For values from ComfyUI; "
         "Guidance from says the same as a fraction.",
     )  # fmt: skip

@@ -4,10 +4,11 @@ Both predictions lead away from the noisy latent: a = x - uncond, b = x - cond. 
 singular direction v1; TCFG keeps of `a` only its part along v1, so that moving away from the uncond prediction does not
 move away from what both agree on. A singular value decomposition of two rows has a closed form. With
 
-    alpha = <a, a>,  beta = <b, b>,  gamma = <a, b>,  p = alpha - beta = <a - b, a + b>,  r = sqrt(p^2 + 4 gamma^2)
+    p = <a, a> - <b, b>,    gamma = <a, b>,    r = sqrt(p^2 + 4 gamma^2)
 
 the projection is a' = <a, v1> v1 = (1 + p / r) / 2 a + gamma / r b, and the new uncond is x - a'. Three sums replace
-the decomposition; p in its second form does not cancel where the noise dwarfs both predictions.
+the decomposition. They are taken of a and d = a - b = cond - uncond, as p = 2 <a, d> - <d, d> and gamma = <a, a> -
+<a, d>: where the noise dwarfs both predictions, <a, a> - <b, b> would cancel.
 
 Reference: Kwon et al., "TCFG: Tangential Damping Classifier-Free Guidance" (2025); ComfyUI's TCFG.
 """
@@ -23,7 +24,7 @@ from lib_hires.run import Run
 from lib_hires.settings import Settings, number, passes_choice, window_end, window_start
 from lib_hires.sites import Predictions
 from lib_hires.technique import Rest, Technique
-from lib_hires.techniques.guidance.reductions import inner, times, wide
+from lib_hires.techniques.guidance.reductions import wide
 from lib_hires.techniques.guidance.windowed import WindowedGuidance
 from lib_hires.window import Windowed
 
@@ -46,23 +47,28 @@ def damped_uncond(x: Tensor, cond: Tensor, uncond: Tensor, strength: float = 1.0
     All are [B, ...], float32, x0 predictions and the noisy latent (VE, or flow: x - x0 is then sigma times the
     velocity, and the projection does not depend on scale). Where no direction dominates, uncond stays as it is.
     """
-    along_a, along_b = _projection(x, cond, uncond)
-    # x - (along_a a + along_b b) around uncond, so that the large x meets only a coefficient that was summed wide
-    change = times(cond - uncond, along_b) + times(x - uncond, 1 - along_a - along_b)
-    return uncond + strength * change
+    pictures = zip(x, cond, uncond, strict=True)
+    of_a, of_b = _projection(torch.stack([_products(*picture) for picture in pictures]))
+    # x - a' = (1 - of_a - of_b) x + of_a uncond + of_b cond. The share of x is nearly 0 where x is nearly noise, and
+    # is computed wide, so that the picture is not lost in the noise.
+    shares = strength * torch.stack((1 - of_a - of_b, of_b))
+    of_x, of_cond = shares.to(x.dtype).view(2, -1, *[1] * (x.ndim - 1))
+    return (uncond * (1 - of_x - of_cond)).addcmul_(cond, of_cond).addcmul_(x, of_x)
 
 
-def _projection(x: Tensor, cond: Tensor, uncond: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients of a = x - uncond and b = x - cond in the projection of a on their dominant direction."""
-    x, cond, uncond = wide(x), wide(cond), wide(uncond)
-    a, b = x - uncond, x - cond
-    p = inner(cond - uncond, a + b)
-    gamma = inner(a, b)
+def _products(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+    """<a, a>, <a, d> and <d, d> of one picture, wide [3]."""
+    a, d = wide(x - uncond).flatten(), wide(cond - uncond).flatten()
+    return torch.stack((torch.dot(a, a), torch.dot(a, d), torch.dot(d, d)))
+
+
+def _projection(products: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [B] of a and b in a', the projection of a on their dominant direction, from `_products` [B, 3]."""
+    aa, ad, dd = products.unbind(1)
+    p, gamma = 2 * ad - dd, aa - ad
     r = torch.hypot(p, 2 * gamma)
     undecided = r == 0
-    r = r.masked_fill(undecided, 1.0)
-    along_a = torch.where(undecided, 1.0, (1 + p / r) / 2)
-    return along_a, gamma / r  # gamma is 0 where r is
+    return torch.where(undecided, 1.0, (1 + p / r) / 2), torch.where(undecided, 0.0, gamma / r)
 
 
 class TCFGPatch(WindowedGuidance):
