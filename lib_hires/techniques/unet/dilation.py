@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lib_hires.run import Call, Run, Size
@@ -31,7 +31,7 @@ _MAX_FACTOR = 8.0
 _STEPS_PER_UNIT = 4
 _SIDES = {"i": INPUT, "m": MIDDLE, "o": OUTPUT}
 _PARTS = (DOWN, UP, FIRST_CONV, SECOND_CONV)
-_LAYER = re.compile(rf"([imo])(?:(\d+)(?:-(\d+))?)?(?:\.({'|'.join(_PARTS)}))?")
+_LAYER = re.compile(rf"(?P<side>[imo])((?P<first>\d+)(-(?P<last>\d+))?)?(\.(?P<part>{'|'.join(_PARTS)}))?")
 _LAYER_FORM = (
     "i, m or o (input, middle, output), a block number or range, and .down, .up, .in or .out for one convolution of it"
 )
@@ -39,12 +39,13 @@ _LAYER_FORM = (
 
 @dataclass(frozen=True)
 class LayerRule:
-    """Convolutions of some blocks of one side."""
+    """Convolutions of some blocks of one side, and how the user wrote them."""
 
+    name: str
     side: str
-    first: int
-    last: float
-    part: str  # empty: all
+    first: int = 0
+    last: float = math.inf
+    part: str = ""  # empty: all
 
     def __contains__(self, layer: ConvLayer) -> bool:
         in_blocks = layer.side == self.side and self.first <= layer.block <= self.last
@@ -56,23 +57,25 @@ def parse_layers(grammar: str) -> tuple[LayerRule, ...]:
     return tuple(_parse_layer(part.strip()) for part in grammar.split(",") if part.strip())
 
 
-def _parse_layer(part: str) -> LayerRule:
-    match = _LAYER.fullmatch(part)
-    if match is None or (match[1] == "m" and match[2]):
-        raise ValueError(f"{part!r} is not of the form {_LAYER_FORM}; the middle has no number")
-    if match[2] is None:
-        return LayerRule(_SIDES[match[1]], 0, math.inf, match[4] or "")
-    rule = LayerRule(_SIDES[match[1]], int(match[2]), int(match[3] or match[2]), match[4] or "")
-    if rule.first > rule.last:
-        raise ValueError(f"the range in {part!r} runs backwards")
-    return rule
+def _parse_layer(name: str) -> LayerRule:
+    match = _LAYER.fullmatch(name)
+    if match is None or (match["side"] == "m" and match["first"]):
+        raise ValueError(f"{name!r} is not of the form {_LAYER_FORM}; the middle has no number")
+    side, part = _SIDES[match["side"]], match["part"] or ""
+    if match["first"] is None:
+        return LayerRule(name, side, part=part)
+    first = int(match["first"])
+    last = int(match["last"] or first)
+    if first > last:
+        raise ValueError(f"the range in {name!r} runs backwards")
+    return LayerRule(name, side, first, last, part)
 
 
 def default_layers(unet: UNetTopology) -> tuple[LayerRule, ...]:
     """The last downsampler, everything deeper on the input side, and the middle. SDXL: input blocks 6 to 8; SD 1.x and
     2.x: 9 to 11."""
     first = unet.downsamplers[-1] if unet.downsamplers else unet.input_blocks
-    return LayerRule(INPUT, first, math.inf, ""), LayerRule(MIDDLE, 0, math.inf, "")
+    return LayerRule(f"i{first}", INPUT, first), LayerRule("m", MIDDLE)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def in_quarters(ratio: float) -> float:
 
 
 class DilationPatch(Patch, Convolutions):
-    def __init__(self, settings: DilationSettings, run: Run, layers: Sequence[ConvLayer]) -> None:
+    def __init__(self, settings: DilationSettings, run: Run, layers: Iterable[ConvLayer]) -> None:
         super().__init__()
         self._chosen = settings.factor
         self._run = run
@@ -166,17 +169,22 @@ def begin(settings: DilationSettings, run: Run) -> DilationPatch:
 
 
 def _chosen_layers(settings: DilationSettings, family: str, unet: UNetTopology) -> list[ConvLayer]:
-    named = [part.strip() for part in settings.layers.split(",") if part.strip()]
     rules = parse_layers(settings.layers)
-    for name, rule in zip(named, rules, strict=True):
+    for rule in rules:
         if not any(layer in rule for layer in unet.convolutions):
             raise Refusal(
-                f"layer {name!r} names no convolution of {family}: its input blocks are i0 to i{unet.input_blocks - 1} "
-                f"(downsamplers {', '.join(f'i{index}.down' for index in unet.downsamplers)}), "
-                f"its output blocks o0 to o{unet.output_blocks - 1}"
+                f"layer {rule.name!r} names no convolution of {family}: it has i0 to i{unet.input_blocks - 1}, m and "
+                f"o0 to o{unet.output_blocks - 1}, and of the parts {_resamplers(unet)}"
             )
     chosen = rules or default_layers(unet)
     return [layer for layer in unet.convolutions if any(layer in rule for rule in chosen)]
+
+
+def _resamplers(unet: UNetTopology) -> str:
+    """The parts that few blocks have, as the grammar writes them: "i3.down, o2.up"."""
+    letters = {side: letter for letter, side in _SIDES.items()}
+    found = (layer for layer in unet.convolutions if layer.part in (DOWN, UP))
+    return ", ".join(f"{letters[layer.side]}{layer.block}.{layer.part}" for layer in found)
 
 
 TECHNIQUE = Technique(
