@@ -32,6 +32,7 @@ _STEPS_PER_UNIT = 4
 _SIDES = {"i": INPUT, "m": MIDDLE, "o": OUTPUT}
 _PARTS = (DOWN, UP, FIRST_CONV, SECOND_CONV)
 _LAYER = re.compile(rf"(?P<side>[imo])((?P<first>\d+)(-(?P<last>\d+))?)?(\.(?P<part>{'|'.join(_PARTS)}))?")
+_SEPARATOR = re.compile(r"[,;\s]+")  # X/Y/Z takes commas for itself
 _LAYER_FORM = (
     "i, m or o (input, middle, output), a block number or range, and .down, .up, .in or .out for one convolution of it"
 )
@@ -53,8 +54,8 @@ class LayerRule:
 
 
 def parse_layers(grammar: str) -> tuple[LayerRule, ...]:
-    """Read "i6.down, i7-8, m". Raises ValueError with the form."""
-    return tuple(_parse_layer(part.strip()) for part in grammar.split(",") if part.strip())
+    """Read "i6.down, i7-8, m"; spaces and semicolons separate as well. Raises ValueError with the form."""
+    return tuple(_parse_layer(name) for name in _SEPARATOR.split(grammar) if name)
 
 
 def _parse_layer(name: str) -> LayerRule:
@@ -90,8 +91,8 @@ class DilationSettings(Windowed, Settings):
         "",
         check=parse_layers,
         label="Layers",
-        help="Which convolutions, separated by commas; empty takes the last downsampler, the input blocks after it and "
-        f"the middle. Each is {_LAYER_FORM}. Example for SDXL: i6.down, i7-8, m",
+        help="Which convolutions, separated by commas or spaces; empty takes the last downsampler, the input blocks "
+        f"after it and the middle. Each is {_LAYER_FORM}. Example for SDXL: i6.down, i7-8, m",
     )
     start: float = window_start()
     end: float = number(
