@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lib_hires.resize import map_size
@@ -22,7 +23,9 @@ class FeatureMapWalk:
     def __init__(self, patches: Sequence[FeatureMaps], call: Call) -> None:
         self._patches = patches
         self._call = call
+        self._joining = [patch for patch in patches if type(patch).join is not FeatureMaps.join]
         self._skips: list[Size] = []
+        self._backbone_channels = 0  # of the map that last arrived at a skip
 
     def enter(self, side: str, index: int, h: Tensor) -> None:
         """A map is about to enter a block."""
@@ -46,6 +49,7 @@ class FeatureMapWalk:
     def meet_skip(self, h: Tensor, index: int) -> Tensor:
         """A map is about to be joined with the skip of output block `index`. A mismatch that no patch claims is left
         to the host."""
+        self._backbone_channels = h.shape[1]
         size = self._skips[-1 - index]
         if map_size(h) == size:
             return h
@@ -54,3 +58,19 @@ class FeatureMapWalk:
             if grown is not None:
                 return grown
         return h
+
+    def join(self, h: Tensor, skip: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """The map and its skip are about to be joined in output block `index`."""
+        for patch in self._joining:
+            h, skip = patch.join(h, skip, index, self._call)
+        return h, skip
+
+    def join_concatenated(self, both: Tensor, index: int) -> Tensor:
+        """The same for a host that shows the two only as one tensor, the map's channels first."""
+        if not self._joining:
+            return both
+        parts = both[:, : self._backbone_channels], both[:, self._backbone_channels :]
+        h, skip = self.join(*parts, index)
+        if h is parts[0] and skip is parts[1]:
+            return both
+        return torch.cat([h, skip], dim=1)

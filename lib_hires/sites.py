@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lib_hires.run import Call, Size
-from lib_hires.topology import AttentionLayer
+from lib_hires.topology import AttentionLayer, ConvLayer
 
 
 class FeatureMaps:
@@ -29,6 +29,23 @@ class FeatureMaps:
     def grow(self, h: Tensor, size: Size, index: int, call: Call) -> Tensor | None:
         """Bring `h` to the size of the skip that output block `index` joins it with. None: not mine."""
         return None
+
+    def join(self, h: Tensor, skip: Tensor, index: int, call: Call) -> tuple[Tensor, Tensor]:
+        """The map and the skip [B, C', h, w] that output block `index` is about to concatenate, after `grow`; the skip
+        carries its ControlNet residual. A patch that changes nothing returns the very tensors it was given."""
+        return h, skip
+
+
+class Convolutions:
+    """How far apart the taps of a convolution lie. Factors of several patches multiply."""
+
+    def dilates_in(self, layer: ConvLayer) -> bool:
+        """Whether it may ever act on this convolution; the others are not touched."""
+        raise NotImplementedError
+
+    def dilation(self, layer: ConvLayer, size: Size, call: Call) -> float:
+        """The factor for a map of `size` (h, w) that this convolution is about to see. 1: as it is; never below."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

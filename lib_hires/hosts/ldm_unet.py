@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lib_hires.attention import AttentionWalk, Rows
 from lib_hires.feature_maps import FeatureMapWalk
+from lib_hires.hosts.convolutions import ServedConvolutions
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan
 from lib_hires.run import Call
@@ -30,6 +31,7 @@ class HookedUnet:
         self._feature_patches = plan.at(FeatureMaps)
         self._perturbing = plan.at(PerturbedAttention)
         self._recording = plan.at(RecordedAttention)
+        self._convolutions = ServedConvolutions(unet, plan)
         watched = self._perturbing or self._recording
         self._attention = self_attention_modules(unet) if watched else {}
 
@@ -38,6 +40,7 @@ class HookedUnet:
         attention = AttentionWalk(self._perturbing, self._recording, call)
         served = {layer: module for layer, module in self._attention.items() if attention.serves(layer)}
         with ExitStack() as stack:
+            stack.enter_context(self._convolutions.open(call))
             if self._feature_patches or served:  # attention needs the true sizes that the walk notes
                 stack.enter_context(_walked(self._unet, FeatureMapWalk(self._feature_patches, call)))
             for layer, module in served.items():
@@ -82,7 +85,7 @@ def _enter_input(walk: FeatureMapWalk, side: str, index: int, h: Tensor) -> Tens
 
 def _enter_output(walk: FeatureMapWalk, index: int, h: Tensor) -> Tensor:
     walk.enter(OUTPUT, index, h)
-    return h
+    return walk.join_concatenated(h, index)
 
 
 def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any) -> Callable[..., Tensor]:

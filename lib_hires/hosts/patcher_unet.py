@@ -17,6 +17,7 @@ from torch import Tensor
 from lib_hires.attention import AttentionWalk
 from lib_hires.attention import Rows as SomeRows
 from lib_hires.feature_maps import FeatureMapWalk
+from lib_hires.hosts.convolutions import ServedConvolutions
 from lib_hires.hosts.patcher_rows import Fits, Rows
 from lib_hires.plan import Plan
 from lib_hires.resize import BILINEAR, map_size, resize
@@ -56,6 +57,7 @@ class PatchedUnet:
         self._feature_patches = plan.at(FeatureMaps)
         self._perturbing = plan.at(PerturbedAttention)
         self._recording = plan.at(RecordedAttention)
+        self._convolutions = ServedConvolutions(unet.model.diffusion_model, plan)
         layers = self._layers(unet.model.diffusion_model)
         if self._feature_patches or layers:  # attention needs the true sizes that the walk notes
             last_input = len(unet.model.diffusion_model.input_blocks) - 1
@@ -80,7 +82,8 @@ class PatchedUnet:
             Rows(any(patch.perturbs(call) for patch in self._perturbing), self._fits),
         )
         try:
-            yield
+            with self._convolutions.open(call):
+                yield
         finally:
             self.cell.open = None
 
@@ -111,7 +114,7 @@ def _install_feature_maps(patcher: Any, cell: Cell, last_input: int) -> None:
             h = _add_control(h, cell.open.control, MIDDLE)
         h = cell.open.walk.meet_skip(h, index)
         cell.open.walk.enter(OUTPUT, index, h)
-        return h, _add_control(skip, cell.open.control, OUTPUT)
+        return cell.open.walk.join(h, _add_control(skip, cell.open.control, OUTPUT), index)
 
     patcher.set_model_input_block_patch(input_block)
     patcher.set_model_input_block_patch_after_skip(after_skip)

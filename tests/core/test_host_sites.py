@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_hires.attention import attend
+from lib_hires.feature_maps import FeatureMapWalk
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.noise import NoiseSchedule
-from lib_hires.plan import make_plan
+from lib_hires.plan import Plan, make_plan
 from lib_hires.run import FIRST_PASS, Call, ModelFacts, Run
+from lib_hires.sites import FeatureMaps
+from lib_hires.technique import Patch
 from lib_hires.techniques.unet.deep_shrink import DeepShrinkSettings
 from lib_hires.topology import unet_topology
 from tests.doubles import (
@@ -213,3 +216,95 @@ def test_control_without_a_shrink_is_bit_identical_to_the_hosts_own():
     x = latents(32, 32)
     ours, _ = on_patcher(x, DeepShrinkSettings(), LATE, residuals(x))
     assert torch.equal(ours, FakePatcher(PATCHER).evaluate(x, residuals(x)))
+
+
+class Join(Patch, FeatureMaps):
+    """Changes the map and its skip in a way that confuses neither with the other, and notes their sizes."""
+
+    def __init__(self, factor=1.5):
+        super().__init__()
+        self.factor = factor
+        self.sizes = []
+
+    def join(self, h, skip, index, call):
+        self.sizes.append((index, tuple(h.shape), tuple(skip.shape)))
+        return h * self.factor, skip - index
+
+
+def joined(x, shrink=None, factor=1.5):
+    plan = plan_for(shrink, x) if shrink else Plan(plan_for(DeepShrinkSettings(), x).run)
+    plan.patches["join"] = Join(factor)
+    return plan
+
+
+@torch.no_grad()
+def joined_on_ldm(x, plan, control=None):
+    with HookedUnet(LDM, plan).open(Call(EARLY, 0)):
+        return controlled_as_in_a1111(LDM, x, control) if control else LDM(x)
+
+
+@torch.no_grad()
+def joined_on_patcher(x, plan, control=None):
+    patched = patched_unet(FakePatcher(PATCHER), plan)
+    with patched.open(Call(EARLY, 0)):
+        return patched.patcher.evaluate(x, control)
+
+
+@given(
+    cells=st.tuples(st.integers(2, 5), st.integers(2, 5)),
+    batch=st.integers(1, 3),
+    factor=st.sampled_from([0.5, 1.5]),
+    block=st.sampled_from([None, 1, 3, 4, 7, 10]),
+)
+def test_both_hosts_join_maps_and_skips_alike(cells, batch, factor, block):
+    x = latents(8 * cells[0], 8 * cells[1], batch)
+    shrink = DeepShrinkSettings(block=block) if block else None
+    plans = [joined(x, shrink, factor) for _ in range(2)]
+    ldm, patcher = joined_on_ldm(x, plans[0]), joined_on_patcher(x, plans[1])
+    torch.testing.assert_close(ldm, patcher, rtol=1e-4, atol=1e-4)
+    sizes = plans[0].patches["join"].sizes
+    assert sizes == plans[1].patches["join"].sizes and [index for index, _, _ in sizes] == list(range(12))
+    assert all(h == skip for _, h, skip in sizes), "a map joins its skip after it has grown to its size"
+
+
+def test_joining_does_what_the_patch_says():
+    x, plan = latents(16, 24), joined(latents(16, 24))
+    with torch.no_grad():
+        skips, h = [], x
+        for block in LDM.input_blocks:
+            h = block(h)
+            skips.append(h)
+        h = LDM.middle_block(h)
+        for index, block in enumerate(LDM.output_blocks):
+            h = block(torch.cat([h * 1.5, skips.pop() - index], dim=1))
+        want = LDM.out(h)
+    assert torch.equal(joined_on_ldm(x, plan), want)
+
+
+def test_the_skip_that_is_joined_carries_its_control_residual_on_both_hosts():
+    x = latents(32, 24)
+    with_control = [host(x, joined(x), residuals(x)) for host in (joined_on_ldm, joined_on_patcher)]
+    torch.testing.assert_close(*with_control, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(with_control[0], joined_on_ldm(x, joined(x)))
+
+
+def test_nothing_is_split_where_no_patch_joins_and_nothing_copied_where_none_changes_anything():
+    class Looks(Patch, FeatureMaps):
+        def join(self, h, skip, index, call):
+            self.channels = h.shape[1], skip.shape[1]
+            return h, skip
+
+    both = torch.randn(1, 7, 4, 4)
+    unaware = FeatureMapWalk([type("Other", (Patch, FeatureMaps), {})()], Call(EARLY, 0))
+    assert unaware.join_concatenated(both, 0) is both
+    looks = Looks()
+    walk = FeatureMapWalk([looks], Call(EARLY, 0))
+    walk.leave_input(torch.zeros(1, 2, 4, 4), 0)
+    walk.meet_skip(torch.zeros(1, 5, 4, 4), 0)
+    assert walk.join_concatenated(both, 0) is both and looks.channels == (5, 2)
+
+
+@pytest.mark.parametrize("size", [(27, 35), (9, 40)])
+def test_joining_at_odd_sizes(size):
+    x = latents(*size)
+    assert joined_on_ldm(x, joined(x)).isfinite().all() and joined_on_patcher(x, joined(x)).isfinite().all()
