@@ -140,7 +140,7 @@ class Bench:
             pass_name=pass_name,
             model=self._facts,
             latent=(int(x.shape[-2]), int(x.shape[-1])),
-            sigmas=tuple(float(sigma) for sigma in sigmas),
+            sigmas=samplers.planned_levels(request.sampler, sigmas),
             seed=request.seeds[0],
         )
         with _planned(run, generation, result) as plan:

@@ -74,6 +74,13 @@ def noise_levels(wrapper: Any, schedule: str, steps: int) -> Tensor:
     return wrapper.get_sigmas(steps)
 
 
+def planned_levels(name: str, sigmas: Tensor) -> tuple[float, ...]:
+    """What a sampler says of its noise levels beforehand: all of them, or only their range if it chooses its own."""
+    levels = tuple(float(sigma) for sigma in sigmas)
+    function = getattr(import_k_diffusion().sampling, SAMPLERS[name])
+    return levels if "sigmas" in inspect.signature(function).parameters else (levels[0], levels[-2])
+
+
 def seeded_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal noise, one generator per picture, so that a picture does not depend on its batch mates."""
     return torch.stack([torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
