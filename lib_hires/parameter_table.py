@@ -14,8 +14,8 @@ from lib_hires.technique import Technique
 PAGE = Path(__file__).parent.parent / "docs" / "parameters.md"
 HEAD = """# Parameters
 
-Every technique with its settings and presets. Written by `./dev python -m lib_hires.parameter_table` from the declarations
-that the panel, the API and the range checks come from.
+Every technique with its settings and presets, written by `./dev python -m lib_hires.parameter_table` from the same
+declarations that the panel, the API and the range checks come from.
 
 Fractions (Start, End) count the pass that is being sampled: 0 is its first step, 1 its end. For a pass that starts at
 full noise they mean the same as ComfyUI's percent, so values can be carried over.

@@ -1,4 +1,4 @@
-"""Guidance on the bench's real UNet and samplers: alone, in any combination, neutral, interrupted, whatever the rows."""
+"""Guidance on the bench's real UNet and samplers: alone, in any combination, neutral, after a fault."""
 
 import pytest
 import torch
