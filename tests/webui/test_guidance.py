@@ -103,11 +103,11 @@ def test_the_hires_pass_alone(webui):
 
 
 PROMPTS = [
-    ("a lighthouse AND a red boat", "bad"),
-    ("a lighthouse :1.1 AND a red boat :0.6", "bad"),
+    ("a lighthouse AND a dog", "bad"),
+    ("a lighthouse :1.1 AND a dog :0.6", "bad"),
     (LONG, "bad"),
     ("a lighthouse", LONG),
-    (LONG + " AND a red boat :0.5", "bad"),
+    (LONG + " AND a dog :0.5", "bad"),
 ]
 
 

@@ -76,13 +76,13 @@ def test_a_batch_gives_the_pictures_of_its_seeds(webui):
 @pytest.mark.parametrize(
     ("prompt", "negative"),
     [
-        ("a lighthouse AND a red boat", "bad"),
-        ("a lighthouse :1.1 AND a red boat :0.6", "bad"),
-        ("a lighthouse AND a red boat AND the sea", "bad"),
+        ("a lighthouse AND a dog", "bad"),
+        ("a lighthouse :1.1 AND a dog :0.6", "bad"),
+        ("a lighthouse AND a dog AND the sea", "bad"),
         (LONG, "bad"),
         ("a lighthouse", LONG),
         ("", ""),
-        ("[a lighthouse:a red boat:0.5]", "bad"),
+        ("[a lighthouse:a dog:0.5]", "bad"),
     ],
     ids=["AND", "AND with weights", "AND of three", "long prompt", "long negative", "empty", "prompt edit"],
 )
