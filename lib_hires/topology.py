@@ -31,6 +31,12 @@ class UNetTopology:
         """How often the map is still halved on the way from this input block to the deepest level."""
         return sum(index > input_block for index in self.downsamplers)
 
+    def level(self, layer: AttentionLayer) -> int:
+        """How often the map was halved where this layer sits; an output block works at the size of its skip."""
+        inputs = self.input_blocks
+        paired = {INPUT: layer.block, MIDDLE: inputs, OUTPUT: inputs - 1 - layer.block}[layer.side]
+        return sum(index <= paired for index in self.downsamplers)
+
 
 def unet_topology(unet: Any) -> UNetTopology | None:
     """Topology of a UNet with LDM's block lists, or None for anything else. Classes are told by name: each host has
