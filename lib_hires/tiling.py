@@ -48,16 +48,17 @@ def corners(rows: Sequence[int], columns: Sequence[int]) -> list[Size]:
 
 
 def shifted(windows: Corners, most: int, side: Size, size: Size, rng: random.Random) -> list[Size]:
-    """Each window moved by up to `most` tokens along both axes, and never out of the map."""
+    """Each window moved by up to `most` tokens along both axes, and never out of the map. Windows at a border keep to
+    it; with `most` up to an eighth of the side, half overlapping windows then still cover the map."""
+    last = size[0] - side[0], size[1] - side[1]
     return [
-        (_inside(row + rng.randint(-most, most), size[0] - side[0]),
-         _inside(column + rng.randint(-most, most), size[1] - side[1]))
+        (_moved(row, rng.randint(-most, most), last[0]), _moved(column, rng.randint(-most, most), last[1]))
         for row, column in windows
-    ]  # fmt: skip
+    ]
 
 
-def _inside(start: int, last: int) -> int:
-    return min(max(start, 0), last)
+def _moved(start: int, by: int, last: int) -> int:
+    return min(max(start + by, 0), last) if 0 < start < last else start
 
 
 def seeded(run: Run, call: Call, size: Size) -> random.Random:
