@@ -14,6 +14,8 @@ from torch import Tensor
 from lib_hires.run import Call, Size
 from lib_hires.topology import AttentionLayer, ConvLayer
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> out, each [B, N, heads * d]
+
 
 class FeatureMaps:
     """Feature maps [B, C, h, w] entering or leaving a UNet block, and the skip that an output block meets."""
@@ -93,14 +95,15 @@ class Place:
     """One self-attention in one call, for the rows at hand.
 
     `size` is the true (h, w) of its tokens [B, h*w, C], row major. `predicts` is what these rows predict: COND, UNCOND
-    or PERTURBED. Another extension may have changed the number of tokens: compare before reshaping to `size`.
+    or PERTURBED, empty where they are of several kinds. Another extension may have changed the number of tokens:
+    compare before reshaping to `size`.
     """
 
     layer: AttentionLayer
     size: Size
     heads: int
     call: Call
-    predicts: str
+    predicts: str = ""
 
     @property
     def tokens(self) -> int:
@@ -131,6 +134,34 @@ class Projections:
     @property
     def v(self) -> Tensor:
         return self._get("v")
+
+
+class SelfAttention:
+    """Changes self-attention: the tokens that K and V are made of, and the attention itself.
+
+    It never meets perturbed rows in a perturbed layer, nor a layer whose attention is recorded: there attention is
+    plain. Patches act in registry order. A patch leaves sources alone that another one reduced already, and attends
+    plainly (`inner`) where it meets fewer keys than it expects.
+    """
+
+    def may_act(self, layer: AttentionLayer, call: Call) -> bool:
+        """Whether it might act in this layer, before sizes are known; where nobody might, no module is touched."""
+        return True
+
+    def acts_at(self, place: Place) -> bool:
+        """Whether it acts here. Where nobody does, the host's own attention runs."""
+        raise NotImplementedError
+
+    def sources(self, key_source: Tensor, value_source: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """The tokens [B, M, C] that K and V are projected from; they come as [B, h*w, C] unless others changed them."""
+        return key_source, value_source
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place, inner: Attend) -> Tensor:
+        """The attention of q [B, h*w, heads * d] to k, v [B, M, heads * d], before the output projection.
+
+        `inner` is the next attention. It takes any rows and any number of tokens, such as windows folded into rows.
+        """
+        return inner(q, k, v)
 
 
 class PerturbedAttention:

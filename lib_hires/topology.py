@@ -51,9 +51,11 @@ class UNetTopology:
         """How often the map is still halved on the way from this input block to the deepest level."""
         return sum(index > input_block for index in self.downsamplers)
 
-    def halvings_at_output(self, output_block: int) -> int:
-        """How often the maps that are joined at this output block were halved."""
-        return sum(index < self.input_blocks - output_block for index in self.downsamplers)
+    def halvings_at(self, side: str, block: int) -> int:
+        """How often the maps of a block were halved; an output block works at the size of its skip."""
+        inputs = self.input_blocks
+        paired = {INPUT: block, MIDDLE: inputs, OUTPUT: inputs - 1 - block}[side]
+        return sum(index <= paired for index in self.downsamplers)
 
 
 def unet_topology(unet: Any) -> UNetTopology | None:

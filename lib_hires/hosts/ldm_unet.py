@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lib_hires.attention import AttentionWalk, Rows
+from lib_hires.attention import attend
+from lib_hires.attention_walk import Acting, AttentionPatches, AttentionWalk, HostLayer, Rows, chained, changed_sources
 from lib_hires.feature_maps import FeatureMapWalk
 from lib_hires.hosts.convolutions import ServedConvolutions
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan
 from lib_hires.run import Call
-from lib_hires.sites import FeatureMaps, PerturbedAttention, Projections, RecordedAttention
+from lib_hires.sites import FeatureMaps, Place, Projections
 from lib_hires.topology import INPUT, MIDDLE, OUTPUT, AttentionLayer, self_attention_modules
 
 
@@ -29,15 +30,13 @@ class HookedUnet:
     def __init__(self, unet: nn.Module, plan: Plan) -> None:
         self._unet = unet
         self._feature_patches = plan.at(FeatureMaps)
-        self._perturbing = plan.at(PerturbedAttention)
-        self._recording = plan.at(RecordedAttention)
+        self._attention_patches = AttentionPatches.of(plan)
+        self._attention = self_attention_modules(unet) if self._attention_patches else {}
         self._convolutions = ServedConvolutions(unet, plan)
-        watched = self._perturbing or self._recording
-        self._attention = self_attention_modules(unet) if watched else {}
 
     @contextmanager
     def open(self, call: Call) -> Iterator[None]:
-        attention = AttentionWalk(self._perturbing, self._recording, call)
+        attention = AttentionWalk(self._attention_patches, call)
         served = {layer: module for layer, module in self._attention.items() if attention.serves(layer)}
         with ExitStack() as stack:
             stack.enter_context(self._convolutions.open(call))
@@ -104,6 +103,14 @@ def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any) -
             tokens = x[list(rows)]
             return Projections(lambda: module.to_q(tokens), lambda: module.to_k(tokens), lambda: module.to_v(tokens))
 
-        return walk.attention(layer, module.heads, len(x), project, plain, module.to_out)
+        def changed(rows: Rows, place: Place, acting: Acting) -> Tensor:
+            tokens = x if len(rows) == len(x) else x[list(rows)]
+            key_source, value_source = changed_sources(acting, tokens, tokens, place)
+            end = partial(attend, heads=module.heads)
+            projected = module.to_q(tokens), module.to_k(key_source), module.to_v(value_source)
+            return module.to_out(chained(acting, place, end, end)(*projected))
+
+        host = HostLayer(layer, module.heads, len(x), project, plain, changed, module.to_out)
+        return walk.attention(host)
 
     return forward

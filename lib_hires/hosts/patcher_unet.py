@@ -10,23 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from lib_hires.attention import AttentionWalk
-from lib_hires.attention import Rows as SomeRows
+from lib_hires.attention_walk import Acting, AttentionPatches, AttentionWalk, HostLayer, chained, changed_sources
+from lib_hires.attention_walk import Rows as SomeRows
 from lib_hires.feature_maps import FeatureMapWalk
 from lib_hires.hosts.convolutions import ServedConvolutions
 from lib_hires.hosts.patcher_rows import Fits, Rows
 from lib_hires.plan import Plan
 from lib_hires.resize import BILINEAR, map_size, resize
 from lib_hires.run import Call
-from lib_hires.sites import FeatureMaps, PerturbedAttention, Projections, RecordedAttention
+from lib_hires.sites import FeatureMaps, Place, Projections
 from lib_hires.topology import INPUT, MIDDLE, OUTPUT, AttentionLayer, self_attention_modules
 
 Control = dict[str, list[Any]]
 HostAttention = Callable[..., Tensor]  # (q, k, v, heads)
+Sources = tuple[Tensor, Tensor]  # tokens that K and V are projected from
 
 
 @dataclass
@@ -45,6 +47,7 @@ class OpenCall:
     attention: AttentionWalk
     rows: Rows
     control: Control = field(default_factory=dict)  # ControlNet's residuals that are still to be added
+    whole: dict[AttentionLayer, Sources] = field(default_factory=dict)  # tokens of layers with perturbed rows
 
 
 class PatchedUnet:
@@ -55,31 +58,31 @@ class PatchedUnet:
         self.cell = Cell()
         self._fits = fits
         self._feature_patches = plan.at(FeatureMaps)
-        self._perturbing = plan.at(PerturbedAttention)
-        self._recording = plan.at(RecordedAttention)
+        self._attention = AttentionPatches.of(plan)
         self._convolutions = ServedConvolutions(unet.model.diffusion_model, plan)
         layers = self._layers(unet.model.diffusion_model)
         if self._feature_patches or layers:  # attention needs the true sizes that the walk notes
             last_input = len(unet.model.diffusion_model.input_blocks) - 1
             _install_feature_maps(self.patcher, self.cell, last_input)
-        for layer in layers:
-            _install_attention(self.patcher, self.cell, layer, host_attention)
+        if self._attention.changing:
+            _install_sources(self.patcher, self.cell)
+        for layer, module in layers.items():
+            _install_attention(self.patcher, self.cell, layer, module, host_attention)
         _wrap_function(self.patcher, self.cell, bool(self._feature_patches))
 
-    def _layers(self, network: Any) -> list[AttentionLayer]:
-        watching = [*self._perturbing, *self._recording]
-        if not watching:
-            return []
-        in_layer = [patch.perturbs_in for patch in self._perturbing] + [patch.records_in for patch in self._recording]
-        return [layer for layer in self_attention_modules(network) if any(serves(layer) for serves in in_layer)]
+    def _layers(self, network: Any) -> dict[AttentionLayer, Any]:
+        if not self._attention:
+            return {}
+        modules = self_attention_modules(network)
+        return {layer: module for layer, module in modules.items() if self._attention.may_serve(layer)}
 
     @contextmanager
     def open(self, call: Call) -> Iterator[None]:
         self.cell.open = OpenCall(
             call,
             FeatureMapWalk(self._feature_patches, call),
-            AttentionWalk(self._perturbing, self._recording, call),
-            Rows(any(patch.perturbs(call) for patch in self._perturbing), self._fits),
+            AttentionWalk(self._attention, call),
+            Rows(any(patch.perturbs(call) for patch in self._attention.perturbing), self._fits),
         )
         try:
             with self._convolutions.open(call):
@@ -121,26 +124,56 @@ def _install_feature_maps(patcher: Any, cell: Cell, last_input: int) -> None:
     patcher.set_model_output_block_patch(output_block)
 
 
-def _install_attention(patcher: Any, cell: Cell, layer: AttentionLayer, host_attention: HostAttention) -> None:
+def _install_sources(patcher: Any, cell: Cell) -> None:
+    def sources(n: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        layer = AttentionLayer(extra["block"][0], extra["block"][1], extra.get("block_index", 0))
+        if cell.open is None or not cell.open.attention.serves(layer):
+            return n, key, value
+        if cell.open.attention.splits(layer):  # the rows that change are projected when their attention runs
+            cell.open.whole[layer] = key, value
+            return n, key, value
+        return n, *cell.open.attention.sources(layer, extra["n_heads"], key, value)
+
+    patcher.set_model_attn1_patch(sources)
+
+
+def _install_attention(
+    patcher: Any, cell: Cell, layer: AttentionLayer, module: Any, host_attention: HostAttention
+) -> None:
     """Replace one self-attention. Where another extension replaced it already, its function serves the plain rows."""
     replaced = patcher.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
     other = replaced.get((layer.side, layer.block, layer.depth), replaced.get((layer.side, layer.block)))
 
     def attention(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any]) -> Tensor:
         heads = extra["n_heads"]
+        whole = cell.open.whole.pop(layer, None) if cell.open else None
 
         def plain(rows: SomeRows) -> Tensor:
             some = [t if len(rows) == len(t) else t[list(rows)] for t in (q, k, v)]
             if other is None:
                 return host_attention(*some, heads)
-            return other(*some, cell.open.rows.host_options(extra) if cell.open and len(rows) < len(q) else extra)
+            return other(*some, options(rows))
+
+        def changed(rows: SomeRows, place: Place, acting: Acting) -> Tensor:
+            some = [t if len(rows) == len(t) else t[list(rows)] for t in (q, k, v)]
+            if whole is not None:
+                key_source, value_source = (t[list(rows)] for t in whole)
+                key_source, value_source = changed_sources(acting, key_source, value_source, place)
+                some[1:] = module.to_k(key_source), module.to_v(value_source)
+            parts: Callable[..., Tensor] = partial(host_attention, heads=heads)
+            whole_map = parts if other is None else lambda q, k, v: other(q, k, v, options(rows))
+            return chained(acting, place, whole_map, parts)(*some)
+
+        def options(rows: SomeRows) -> dict[str, Any]:
+            return cell.open.rows.host_options(extra) if cell.open and len(rows) < len(q) else extra
 
         def project(rows: SomeRows) -> Projections:
             return Projections(*(lambda t=t: t[list(rows)] for t in (q, k, v)))
 
         if cell.open is None or not cell.open.attention.serves(layer):
             return plain(range(len(q)))
-        return cell.open.attention.attention(layer, heads, len(q), project, plain, lambda out: out)
+        host = HostLayer(layer, heads, len(q), project, plain, changed, lambda out: out)
+        return cell.open.attention.attention(host)
 
     patcher.set_model_attn1_replace(attention, layer.side, layer.block, layer.depth)
 

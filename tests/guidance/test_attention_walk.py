@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lib_hires.attention import AttentionWalk, attend
+from lib_hires.attention import attend
+from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
 from lib_hires.run import COND, PERTURBED, UNCOND, Call
 from lib_hires.sites import PerturbedAttention, Projections, RecordedAttention
 from lib_hires.topology import MIDDLE, OUTPUT, AttentionLayer
@@ -17,6 +18,10 @@ MIDDLE_1 = AttentionLayer(MIDDLE, 0, 1)
 UP = AttentionLayer(OUTPUT, 3, 0)
 HEADS, SIZE = 2, (3, 5)
 ROWS = st.lists(st.sampled_from([COND, UNCOND, PERTURBED]), min_size=1, max_size=7).map(tuple)
+
+
+def nobody_changes(rows, place, acting):
+    raise AssertionError("no patch at this site")
 
 
 class Layer:
@@ -38,14 +43,11 @@ class Layer:
         return Projections(lambda: noted("q"), lambda: noted("k"), lambda: noted("v"))
 
     def walked(self, walk, x, layer=MIDDLE_0):
-        return walk.attention(
-            layer,
-            HEADS,
-            len(x),
-            lambda rows: self.project(x[list(rows)]),
-            lambda rows: self.plain(x[list(rows)]),
-            self.out,
-        )
+        return walk.attention(self.host(x, self.out, layer))
+
+    def host(self, x, finish, layer=MIDDLE_0):
+        project, plain = (lambda rows: self.project(x[list(rows)])), (lambda rows: self.plain(x[list(rows)]))
+        return HostLayer(layer, HEADS, len(x), project, plain, nobody_changes, finish)
 
 
 class Identity(PerturbedAttention):
@@ -88,7 +90,7 @@ def tokens(rows, dtype=torch.float32):
 @given(rows=ROWS, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_only_perturbed_rows_change_in_any_layout(rows, dtype):
     layer, x = Layer(dtype), tokens(rows, dtype)
-    out = layer.walked(AttentionWalk([Identity()], [], call_with(rows)), x)
+    out = layer.walked(AttentionWalk(AttentionPatches([Identity()], []), call_with(rows)), x)
     plain = layer.plain(x)
     assert out.shape == plain.shape and out.dtype == plain.dtype
     for row, kind in enumerate(rows):
@@ -102,16 +104,8 @@ def test_plain_rows_keep_their_bits_where_the_perturbed_ones_are_less_precise():
             return projections.v.half().float()
 
     layer, x = Layer(), tokens("..")
-    walk = AttentionWalk([Half()], [], call_with([COND, PERTURBED]))
-    finish = layer.out
-    out = walk.attention(
-        MIDDLE_0,
-        HEADS,
-        2,
-        lambda rows: layer.project(x[list(rows)]),
-        lambda rows: layer.plain(x[list(rows)]),
-        lambda t: finish(t).half(),
-    )
+    walk = AttentionWalk(AttentionPatches([Half()], []), call_with([COND, PERTURBED]))
+    out = walk.attention(layer.host(x, lambda t: layer.out(t).half()))
     assert out.dtype == torch.float32 and torch.equal(out[0], layer.plain(x)[0])
 
 
@@ -119,7 +113,7 @@ def test_plain_rows_keep_their_bits_where_the_perturbed_ones_are_less_precise():
 def test_a_recorder_sees_uncond_rows_or_else_cond_rows_and_changes_nothing(rows):
     layer, x, recorder = Layer(), tokens(rows), Recorder()
     call = call_with(rows)
-    out = layer.walked(AttentionWalk([], [recorder], call), x)
+    out = layer.walked(AttentionWalk(AttentionPatches([], [recorder]), call), x)
     assert torch.equal(out, layer.plain(x))
     kind = UNCOND if UNCOND in rows else COND
     shown = [row for row, predicts in enumerate(rows) if predicts == kind]
@@ -135,7 +129,7 @@ def test_a_recorder_sees_uncond_rows_or_else_cond_rows_and_changes_nothing(rows)
 def test_both_in_one_layer():
     rows = (COND, PERTURBED, UNCOND)
     layer, x, recorder, identity = Layer(), tokens(rows), Recorder(), Identity()
-    out = layer.walked(AttentionWalk([identity], [recorder], call_with(rows)), x)
+    out = layer.walked(AttentionWalk(AttentionPatches([identity], [recorder]), call_with(rows)), x)
     assert torch.equal(out[[0, 2]], layer.plain(x)[[0, 2]])
     torch.testing.assert_close(out[1], layer.out(layer.v(x[1])))
     assert [place.predicts for place, _, _ in recorder.seen] == [UNCOND]
@@ -144,7 +138,7 @@ def test_both_in_one_layer():
 
 def test_identity_attention_computes_values_only():
     layer = Layer()
-    layer.walked(AttentionWalk([Identity()], [], call_with([PERTURBED])), tokens("."))
+    layer.walked(AttentionWalk(AttentionPatches([Identity()], []), call_with([PERTURBED])), tokens("."))
     assert layer.projected == ["v"]
 
 
@@ -167,18 +161,18 @@ def test_projections_are_made_once():
     ],
 )
 def test_it_serves_the_layers_that_somebody_needs(walk, layer, served):
-    assert AttentionWalk(*walk, call_with([COND])).serves(layer) == served
+    assert AttentionWalk(AttentionPatches(*walk), call_with([COND])).serves(layer) == served
 
 
 def test_rows_that_nobody_told_of_stay_plain():
     layer, x, recorder = Layer(), tokens("..."), Recorder()
-    out = layer.walked(AttentionWalk([Identity()], [recorder], call_with([])), x)
+    out = layer.walked(AttentionWalk(AttentionPatches([Identity()], [recorder]), call_with([])), x)
     assert torch.equal(out, layer.plain(x)) and not recorder.seen
 
 
 def test_an_idle_patch_leaves_its_rows_plain():
     layer, x = Layer(), tokens("..")
-    walk = AttentionWalk([Identity(active=False)], [], call_with([COND, PERTURBED]))
+    walk = AttentionWalk(AttentionPatches([Identity(active=False)], []), call_with([COND, PERTURBED]))
     assert torch.equal(layer.walked(walk, x), layer.plain(x))
 
 

@@ -8,7 +8,8 @@ from diffusers.guiders import PerturbedAttentionGuidance, SmoothedEnergyGuidance
 from diffusers.hooks.smoothed_energy_guidance_utils import _gaussian_blur_2d
 from diffusers.models.attention_processor import Attention, PAGIdentitySelfAttnProcessor2_0
 
-from lib_hires.attention import AttentionWalk, attend
+from lib_hires.attention import attend
+from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
 from lib_hires.run import COND, PERTURBED, Call
 from lib_hires.sites import Projections
 from lib_hires.techniques.guidance.pag import PagSettings, begin, smoothed_attention
@@ -50,7 +51,8 @@ def test_identity_attention_of_the_perturbed_rows():
         p = project(rows)
         return layer.to_out[0](attend(p.q, p.k, p.v, 2))
 
-    got = AttentionWalk([patch], [], call).attention(M0, 2, 4, project, plain, layer.to_out[0])
+    host = HostLayer(M0, 2, 4, project, plain, changed=None, finish=layer.to_out[0])
+    got = AttentionWalk(AttentionPatches([patch]), call).attention(host)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_hires.attention import AttentionWalk, attend
+from lib_hires.attention import attend
+from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
 from lib_hires.blur import gaussian_blur
 from lib_hires.noise import NoiseSchedule
 from lib_hires.run import COND, EPS, FIRST_PASS, FLOW, PERTURBED, UNCOND, Call, ModelFacts, Run
@@ -290,14 +291,10 @@ def test_together_with_pag_in_one_layer_each_does_its_part():
     run, call = a_run(), Call(1.0, 0, sizes={(MIDDLE, 0): size}, rows=rows)
     guide, sag = pag.begin(pag.PagSettings(), run), begin(SagSettings(), run)
     q, k, v = (noise(3, 6, 8, seed=seed) for seed in range(3))
-    out = AttentionWalk([guide], [sag], call).attention(
-        M0,
-        2,
-        3,
-        lambda rows: Projections(*(lambda t=t: t[list(rows)] for t in (q, k, v))),
-        lambda rows: attend(*(t[list(rows)] for t in (q, k, v)), 2),
-        lambda t: t,
-    )
+    project = lambda rows: Projections(*(lambda t=t: t[list(rows)] for t in (q, k, v)))
+    plain = lambda rows: attend(*(t[list(rows)] for t in (q, k, v)), 2)
+    host = HostLayer(M0, 2, 3, project, plain, changed=None, finish=lambda t: t)
+    out = AttentionWalk(AttentionPatches([guide], [sag]), call).attention(host)
     torch.testing.assert_close(out[[0, 2]], attend(q, k, v, 2)[[0, 2]])
     assert torch.equal(out[1], v[1])
     x, c, u, p, r = (noise(1, 4, 16, 24, seed=seed) for seed in range(5))

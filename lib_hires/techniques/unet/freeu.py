@@ -26,7 +26,7 @@ from lib_hires.run import Call, Run
 from lib_hires.settings import Settings, choice, number, passes_choice, window_end, window_start
 from lib_hires.sites import FeatureMaps
 from lib_hires.technique import Patch, Refusal, Rest, Technique
-from lib_hires.topology import UNetTopology
+from lib_hires.topology import OUTPUT, UNetTopology
 from lib_hires.window import Windowed
 
 V1, V2 = "V1", "V2"
@@ -111,7 +111,7 @@ def stages(unet: UNetTopology) -> dict[int, int]:
         wide = enumerate(unet.backbone_channels)
         return {index: widths.index(channels) + 1 for index, channels in wide if channels in widths}
     deepest = len(unet.downsamplers)
-    levels = ((index, unet.halvings_at_output(index)) for index in range(unet.output_blocks))
+    levels = ((index, unet.halvings_at(OUTPUT, index)) for index in range(unet.output_blocks))
     return {index: deepest - level + 1 for index, level in levels if level >= deepest - 1}
 
 
