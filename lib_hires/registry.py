@@ -8,8 +8,9 @@ site. For guidance it is: changes of the predictions before they are mixed (TCFG
 from __future__ import annotations
 
 from lib_hires.technique import Technique
+from lib_hires.techniques.attention import near_sighted_attention, near_sighted_tile, scale_fusion, slothful
 from lib_hires.techniques.guidance import apg, cfg_norm, fresca, mahiro, pag, renorm_cfg, rescale_cfg, sag, tcfg
-from lib_hires.techniques.unet import deep_shrink
+from lib_hires.techniques.unet import deep_shrink, dilation, freeu
 
 TECHNIQUES: tuple[Technique, ...] = (
     deep_shrink.TECHNIQUE,
@@ -22,6 +23,12 @@ TECHNIQUES: tuple[Technique, ...] = (
     mahiro.TECHNIQUE,
     pag.TECHNIQUE,
     sag.TECHNIQUE,
+    dilation.TECHNIQUE,
+    freeu.TECHNIQUE,
+    scale_fusion.TECHNIQUE,
+    near_sighted_tile.TECHNIQUE,
+    near_sighted_attention.TECHNIQUE,
+    slothful.TECHNIQUE,
 )
 
 BY_NAME: dict[str, Technique] = {technique.name: technique for technique in TECHNIQUES}
