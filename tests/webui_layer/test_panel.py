@@ -114,7 +114,8 @@ def test_no_step_count_raises(built, steps):
 
 @pytest.mark.parametrize("value", [None, "", "abc", float("nan"), [], {}])
 def test_no_value_raises(built, value):
-    built.techniques[0]._refresh(value, [], *[value] * len(params_of(KIND)), value)
+    for ui in built.techniques:
+        ui._refresh(value, [], *[value] * len(params_of(ui.technique.settings)), value)
 
 
 @pytest.fixture
