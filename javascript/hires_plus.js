@@ -1,4 +1,5 @@
-// Shows in the title of our accordion which techniques are on, so that a closed one does not hide them.
+// Shows in the title of our accordion which techniques are on, so that a closed one does not hide them, and at a closed
+// technique what it is for: opening it would switch it on.
 (function() {
     function titleSpan(accordion) {
         return accordion.querySelector(":scope > .label-wrap > span, :scope > * > .label-wrap > span, .label-wrap > span");
@@ -15,7 +16,12 @@
     function techniquesOn(panel) {
         return Array.from(panel.querySelectorAll(".input-accordion"))
             .filter(section => section.querySelector(".input-accordion-checkbox")?.checked)
-            .map(section => ownText(titleSpan(section)));
+            .map(section => ownText(titleSpan(section)).replace(/ \([^()]*\)$/, "")); // without its cost
+    }
+
+    function explain(section) {
+        const summary = section.querySelector(".hires-plus-summary");
+        if (summary) section.querySelector(".label-wrap").title = summary.textContent;
     }
 
     function showTechniquesOn(panel) {
@@ -40,7 +46,9 @@
         const opened = new MutationObserver(show);
         for (const section of panel.querySelectorAll(".input-accordion")) {
             const label = section.querySelector(".label-wrap");
-            if (label) opened.observe(label, {attributes: true, attributeFilter: ["class"]});
+            if (!label) continue;
+            opened.observe(label, {attributes: true, attributeFilter: ["class"]});
+            explain(section);
         }
         show();
     }

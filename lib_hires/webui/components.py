@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
@@ -25,6 +25,16 @@ def component(param: Param, elem_id: str) -> Any:
     if param.kind == "text":
         return unsaved(gr.Textbox(max_lines=1, **shared))
     return unsaved(gr.Slider(minimum=param.minimum, maximum=param.maximum, step=param.step, **shared))
+
+
+def on_change(watched: Sequence[Any], answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Call `answer` when any of the components changes."""
+    if hasattr(gr, "on"):
+        # one handler for all, which answers a burst of changes (a preset, a dragged slider) once at its end
+        gr.on([made.change for made in watched], answer, inputs, outputs, trigger_mode="always_last", **LIVE)
+        return
+    for made in watched:
+        made.change(answer, inputs, outputs, **LIVE)
 
 
 def unsaved(made: Any) -> Any:

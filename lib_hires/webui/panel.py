@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import gradio as gr
@@ -17,7 +17,7 @@ from lib_hires import TITLE, __version__
 from lib_hires.registry import TECHNIQUES
 from lib_hires.settings import Param, Settings, params_of
 from lib_hires.technique import Technique
-from lib_hires.webui.components import LIVE, component, read_values, unsaved
+from lib_hires.webui.components import component, on_change, read_values, unsaved
 from lib_hires.webui.plot import DEFAULT_STEPS, plot
 from lib_hires.webui.preset_row import PresetRow
 from lib_hires.webui.presets import PresetStore
@@ -35,18 +35,25 @@ class TechniqueUI:
     view: Any  # plot and message
     presets: PresetRow
 
+    @property
+    def values(self) -> list[Any]:
+        """The components of the parameters, without the switch."""
+        return self.arguments[1:]
+
     def follow(self, steps: Any | None) -> None:
-        """Redraw at every change of a component, or of the step count where the host has a component for it."""
-        watched = [*self.arguments[1:], *([steps] if steps is not None else [])]
-        for component_ in watched:
-            inputs, outputs = [*self.presets.list, *watched], [self.view, self.presets.choice]
-            component_.change(self._refresh, inputs, outputs, **LIVE)
+        """Redraw at every change of a component."""
+        inputs = [*self.presets.list, *self.values, *([steps] if steps is not None else [])]
+        on_change(self.values, self._refresh, inputs, [self.view, self.presets.choice])
+
+    def draw(self, values: Sequence[Any], steps: Any = DEFAULT_STEPS) -> str:
+        """What the view shows for these values."""
+        settings, notes = read_values(self.technique, values)
+        return view(self.technique, settings, notes, steps)
 
     def _refresh(self, preset: Any, known: Any, *values: Any) -> list[Any]:
-        count = len(self.arguments) - 1
-        steps = values[count] if len(values) > count else DEFAULT_STEPS
-        settings, notes = read_values(self.technique, values[:count])
-        return [view(self.technique, settings, notes, steps), self.presets.name_among(known, settings, preset)]
+        count = len(self.values)
+        settings, _ = read_values(self.technique, values[:count])
+        return [self.draw(values[:count], *values[count:]), self.presets.name_among(known, settings, preset)]
 
 
 @dataclass
@@ -61,15 +68,31 @@ class Panel:
         return [component for ui in self.techniques for component in ui.arguments]
 
     def follow(self, steps: Any | None = None) -> None:
+        """Redraw at every change of a component, or of the step count where the host has a component for it."""
         for ui in self.techniques:
             ui.follow(steps)
+        if steps is not None and self._plotted:
+            inputs = [steps, *(component for ui in self._plotted for component in ui.values)]
+            on_change([steps], self._redraw, inputs, [ui.view for ui in self._plotted])
+
+    @property
+    def _plotted(self) -> list[TechniqueUI]:
+        return [ui for ui in self.techniques if ui.technique.curve is not None]
+
+    def _redraw(self, steps: Any, *values: Any) -> Any:
+        """All plots for another step count: one request, however many techniques there are."""
+        rest = iter(values)
+        drawn = [ui.draw(list(islice(rest, len(ui.values))), steps) for ui in self._plotted]
+        return drawn if len(drawn) > 1 else drawn[0]
 
 
 def plain_section(label: str, elem_id: str) -> tuple[Any, Any]:
     """An accordion with a switch in it, for hosts that have no accordion with a switch in its title."""
-    accordion = gr.Accordion(label, open=False, elem_id=elem_id)
+    accordion = gr.Accordion(label, open=False, elem_id=elem_id, elem_classes=["hires-plus-section"])
     with accordion:
-        switch = gr.Checkbox(False, label="Enable", elem_id=f"{elem_id}_enabled")
+        switch = gr.Checkbox(
+            False, label="Enable", elem_id=f"{elem_id}_enabled", container=False, elem_classes=["hires-plus-switch"]
+        )
     return switch, accordion
 
 
@@ -79,9 +102,10 @@ def build(elem_id: Callable[[str], str], store: PresetStore, section: Section = 
     title = f"{TITLE} {__version__}"
     with unsaved(gr.Accordion(title, open=False, elem_id=elem_id("panel"), elem_classes=["hires-plus"])):
         for family, members in groupby(sorted(TECHNIQUES, key=_family_rank), key=lambda technique: technique.family):
-            gr.HTML(f'<div class="hires-plus-family">{escape(family)}</div>')
-            for technique in members:
-                built[technique.name] = _technique(technique, elem_id, store, section)
+            with gr.Column(elem_classes=["hires-plus-list"]):
+                gr.HTML(f'<div class="hires-plus-family">{escape(family)}</div>')
+                for technique in members:
+                    built[technique.name] = _technique(technique, elem_id, store, section)
     return Panel([built[technique.name] for technique in TECHNIQUES])
 
 
@@ -112,7 +136,9 @@ def _technique(
     with context:
         gr.HTML(f'<div class="hires-plus-summary">{escape(technique.summary)}</div>')
         row = PresetRow(technique, lambda item: elem_id(f"{name}_{item}"), store)
-        shown = gr.HTML(view(technique, technique.settings(), []), elem_id=elem_id(f"{name}_view"))
+        shown = gr.HTML(
+            view(technique, technique.settings(), []), elem_id=elem_id(f"{name}_view"), elem_classes=["hires-plus-view"]
+        )
         components = _in_pairs(params_of(technique.settings), lambda field: elem_id(f"{name}_{field}"))
         row.connect(switch, components)
     return TechniqueUI(technique, [unsaved(switch), *components], shown, row)

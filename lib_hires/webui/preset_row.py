@@ -35,7 +35,7 @@ class PresetRow:
             self._save = _button("Save", elem_id("preset_save"))
             self._delete = _button("Delete", elem_id("preset_delete"))
             self._reset = _button("Reset", elem_id("preset_reset"))
-        self._message = gr.HTML("", elem_id=elem_id("preset_message"))
+        self._message = gr.HTML("", elem_id=elem_id("preset_message"), elem_classes=["hires-plus-view"])
         # the list as this browser has it; presets come and go, also in the other tab
         self.list = [self.choice, gr.State(list(presets))]
         for made in (self.choice, self._name, self._save, self._delete, self._reset):

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from lib_hires.registry import TECHNIQUES
+
 ROOT = Path(__file__).parents[2]
 PYTHONS = {"gradio 3.41.2": Path(sys.executable), "gradio 4.40.0": ROOT / ".venv-gradio4/bin/python"}
 START_SECONDS = 120
@@ -111,9 +113,13 @@ def note_error(message: ConsoleMessage, address: str, errors: list[str]) -> None
         errors.append(message.text)
 
 
-def open_panel(opened: Opened) -> None:
-    for name in ("bench_panel", "bench_deep_shrink"):
+def toggle_sections(opened: Opened, *names: str) -> None:
+    for name in names:
         opened.element(name).locator("button, .label-wrap").first.click()
+
+
+def open_panel(opened: Opened) -> None:
+    toggle_sections(opened, "bench_panel", "bench_deep_shrink")
     expect(opened.element("bench_deep_shrink_view").locator("svg")).to_be_visible(timeout=SLOW)
 
 
@@ -140,6 +146,32 @@ def test_the_plot_follows_the_controls_and_the_step_count(opened):
     assert wait_for_change(lambda: opened.plot, wider) != before
     for phase in ("full shrink", "growing", "original"):
         assert phase in opened.plot
+
+
+def test_a_closed_section_shows_that_its_technique_is_on(opened):
+    open_panel(opened)
+    switch_on(opened)
+    toggle_sections(opened, "bench_deep_shrink")
+    expect(opened.element("bench_deep_shrink_enabled")).to_be_hidden(timeout=SLOW)
+    marked = [technique.name for technique in TECHNIQUES if mark_of(opened, technique.name) == '"on"']
+    assert marked == ["deep_shrink"]
+    opened.screenshot("closed")
+
+
+def mark_of(opened: Opened, name: str) -> str:
+    label = opened.element(f"bench_{name}").locator(".label-wrap > span").first
+    return label.evaluate("span => getComputedStyle(span, '::after').content")
+
+
+def test_without_a_curve_there_is_a_box_only_for_problems(opened):
+    name = next(technique.name for technique in TECHNIQUES if technique.curve is None)
+    toggle_sections(opened, "bench_panel", f"bench_{name}")
+    expect(opened.element(f"bench_{name}_end")).to_be_visible(timeout=SLOW)
+    expect(opened.element(f"bench_{name}_view")).to_be_hidden()
+    expect(opened.element(f"bench_{name}_preset_message")).to_be_hidden()
+    opened.set_number(f"bench_{name}_end", 0)
+    expect(opened.element(f"bench_{name}_view")).to_contain_text("will not act", timeout=SLOW)
+    expect(opened.element(f"bench_{name}_view")).to_be_visible()
 
 
 def test_values_that_never_act_are_told_at_once(opened):

@@ -3,10 +3,17 @@
 from hypothesis import strategies as st
 
 from lib_hires.registry import TECHNIQUES
-from lib_hires.request import ENABLED, PRESET
+from lib_hires.request import ENABLED, PRESET, positional_fields
 from lib_hires.settings import params_of
 
 FIELDS = [(t.name, field) for t in TECHNIQUES for field in (ENABLED, PRESET, *params_of(t.settings))]
+COMPONENTS = [(t, field) for t in TECHNIQUES for field in positional_fields(t)]  # the positional list
+
+# Valid texts for each text parameter, as its grammar cannot be drawn from. A new one needs its line here.
+EXAMPLES = {
+    ("deep_shrink", "more_stages"): ["6:2:0-0.2", "6:2:0-0.2; 3:1.5:0.2-0.5-0.7"],
+    ("pag", "blocks"): ["u0.4", "m0, d2.2-9", "D1, u0"],
+}
 
 scalars = st.one_of(
     st.none(),
@@ -20,16 +27,44 @@ scalars = st.one_of(
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
-technique_requests = json_values | st.dictionaries(
-    st.sampled_from([field for _, field in FIELDS]) | st.text(max_size=8), json_values, max_size=5
-)
-by_name = st.dictionaries(st.sampled_from([t.name for t in TECHNIQUES]) | st.text(max_size=8), technique_requests)
-by_position = st.lists(json_values, max_size=16)
-arguments = by_position | st.builds(lambda first, rest: [first, *rest], by_name, by_position)
+
+
+def _request_of(technique):
+    fields = st.sampled_from([ENABLED, PRESET, *params_of(technique.settings)])
+    return json_values | st.dictionaries(fields | st.text(max_size=8), json_values, max_size=5)
+
+
+def _some_replaced(changes):
+    values = [False if field == ENABLED else params_of(t.settings)[field].default for t, field in COMPONENTS] + [None]
+    return [changes.get(place, value) for place, value in enumerate(values)]
+
+
+by_name = st.lists(
+    st.sampled_from(TECHNIQUES).flatmap(lambda t: st.tuples(st.just(t.name), _request_of(t)))
+    | st.tuples(st.text(max_size=8), json_values),
+    max_size=4,
+).map(dict)
+short_lists = st.lists(json_values, max_size=16)
+# anything anywhere in a list as long as the page's, with one value too many
+long_lists = st.dictionaries(st.integers(0, len(COMPONENTS)), json_values, max_size=5).map(_some_replaced)
+by_position = short_lists | long_lists
+arguments = by_position | st.builds(lambda first, rest: [first, *rest], by_name, short_lists)
 axes = st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=3)
 
 
-def _valid(param):
+def examples(technique, field):
+    """Valid texts for a text parameter: its default and those noted above."""
+    noted = EXAMPLES.get((technique.name, field))
+    assert noted, f"tests/webui_layer/strategies.py needs EXAMPLES for the text {field!r} of {technique.title}"
+    param = params_of(technique.settings)[field]
+    for text in (param.default, *noted):
+        assert param.read(text) == (text, None), f"{text!r} is no valid example of {field!r} of {technique.title}"
+    return [param.default, *noted]
+
+
+def valid(technique, field):
+    """Any valid value of a technique's parameter."""
+    param = params_of(technique.settings)[field]
     if param.kind == "toggle":
         return st.booleans()
     if param.kind == "integer":
@@ -38,13 +73,29 @@ def _valid(param):
         return st.floats(param.minimum, param.maximum).map(lambda value: float(f"{value:.6g}"))
     if param.kind == "choice":
         return st.sampled_from(param.choices)
-    return st.sampled_from([param.default, "6:2:0-0.2", "6:2:0-0.2; 3:1.5:0.2-0.5-0.7"])
+    return st.sampled_from(examples(technique, field))
 
 
 def settings_of(technique):
     """Any valid settings of a technique."""
-    params = params_of(technique.settings)
-    return st.builds(technique.settings, **{name: _valid(param) for name, param in params.items()})
+    return st.builds(technique.settings, **{field: valid(technique, field) for field in params_of(technique.settings)})
+
+
+def other_value(technique, field):
+    """A valid value that is not the default."""
+    param = params_of(technique.settings)[field]
+    if param.kind == "toggle":
+        return not param.default
+    if param.kind == "choice":
+        return next(choice for choice in param.choices if choice != param.default)
+    if param.kind == "text":
+        return next(text for text in examples(technique, field) if text != param.default)
+    return type(param.default)(param.maximum if param.default != param.maximum else param.minimum)
+
+
+def all_changed(technique):
+    """Settings that differ from the defaults in every field."""
+    return technique.settings(**{field: other_value(technique, field) for field in params_of(technique.settings)})
 
 
 selections = st.fixed_dictionaries({}, optional={t.name: settings_of(t) for t in TECHNIQUES})

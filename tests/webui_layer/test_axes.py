@@ -1,17 +1,20 @@
 """X/Y/Z axes: all there, once, with the host's range syntax, and no value that fails a request."""
 
+import csv
 from copy import copy
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_hires.registry import TECHNIQUES
-from lib_hires.request import read_request
+from lib_hires.registry import BY_NAME, TECHNIQUES
+from lib_hires.request import ENABLED, PRESET, read_request
 from lib_hires.settings import params_of
 from lib_hires.webui import axes
 from lib_hires.webui.presets import PresetStore
+from tests.webui_layer import strategies
 
 
 class AxisOption:
@@ -35,7 +38,8 @@ def option(xyz, name):
 
 def values_of(option, text):
     """As the host reads an axis: values from the text, each through the axis' type."""
-    return [option.type(value) for value in (option.prepare(text) if option.prepare else text.split(","))]
+    listed = option.prepare(text) if option.prepare else next(csv.reader(StringIO(text), skipinitialspace=True))
+    return [option.type(value) for value in listed]
 
 
 def test_every_field_has_its_axis_and_only_one(xyz, tmp_path):
@@ -89,16 +93,54 @@ def test_a_value_lands_on_its_own_cell_only(xyz):
     assert getattr(third, axes.ATTRIBUTE) == {("deep_shrink", "factor"): 3.0, ("deep_shrink", "end"): 0.2}
 
 
-def test_every_axis_reaches_the_request(xyz):
-    for axis in xyz.axis_options[1:]:
-        for text in axis.choices() if axis.choices else ["1"]:
-            for value in [axis.type(text)] if axis.choices else values_of(axis, text):
-                p = SimpleNamespace()
-                axis.apply(p, value, [value])
-                assert isinstance(axis.format_value(p, axis, value) if axis.format_value else "", str)
-                generation = read_request([], getattr(p, axes.ATTRIBUTE))
-                is_off = text == "off" and axis.label.count(" ") == 2
-                assert bool(generation.selection) != is_off or "More stages" in axis.label
+def label(technique, field):
+    if field == ENABLED:
+        return technique.title
+    return f"{technique.title} " + ("preset" if field == PRESET else params_of(technique.settings)[field].label)
+
+
+def asked_by(axis, text):
+    """What each value in an axis text makes of a request."""
+    for value in values_of(axis, text):
+        p = SimpleNamespace()
+        axis.apply(p, value, [value])
+        assert isinstance(axis.format_value(p, axis, value) if axis.format_value else "", str)
+        yield read_request([], getattr(p, axes.ATTRIBUTE))
+
+
+def as_csv(values):
+    """How the host writes choices into an axis, and how people write a value with a comma in it."""
+    line = StringIO()
+    csv.writer(line).writerow(values)
+    return line.getvalue().strip()
+
+
+def texts_for(technique, field):
+    """An axis text for a parameter, and the settings' values that it means."""
+    param = params_of(technique.settings)[field]
+    if param.kind in ("integer", "number"):
+        return f"{param.minimum:g}, {param.maximum:g}", [param.minimum, param.maximum]
+    values = {"toggle": [False, True], "choice": list(param.choices)}.get(param.kind)
+    if values is None:
+        values = strategies.examples(technique, field)
+    return as_csv([param.show(value) for value in values]), values
+
+
+@pytest.mark.parametrize(("name", "field"), strategies.FIELDS)
+def test_every_axis_reaches_the_request(xyz, name, field):
+    technique = BY_NAME[name]
+    axis = option(xyz, label(technique, field))
+    if field in (ENABLED, PRESET):
+        wanted = [{}, {name: technique.settings()}]
+        wanted = [{name: preset} for preset in technique.presets.values()] if field == PRESET else wanted
+        text = as_csv(axis.choices())
+    else:
+        text, values = texts_for(technique, field)
+        wanted = [{name: technique.settings(**{field: value})} for value in values]
+        assert axis.choices is None or as_csv(axis.choices()) == text
+    requests = list(asked_by(axis, text))
+    assert [request.selection for request in requests] == wanted
+    assert not any(request.notes for request in requests)
 
 
 def test_a_bad_value_is_refused_by_the_request(xyz):
@@ -111,13 +153,13 @@ def test_a_bad_value_is_refused_by_the_request(xyz):
     assert "'abc' is not a number (0.5 to 9)" in generation.notes[0]
 
 
-def test_preset_choices_are_asked_for_when_shown(tmp_path):
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
+def test_preset_choices_are_asked_for_when_shown(tmp_path, technique):
     store = PresetStore(tmp_path / "presets.json")
     xyz = SimpleNamespace(AxisOption=AxisOption, axis_options=[])
     axes.add_axes(xyz, store)
-    technique = TECHNIQUES[0]
     store.save(technique, "mine", technique.settings())
-    assert "mine" in option(xyz, f"{technique.title} preset").choices()
+    assert option(xyz, f"{technique.title} preset").choices() == [*technique.presets, "mine"]
 
 
 def test_without_an_xyz_script_nothing_happens(monkeypatch, tmp_path):

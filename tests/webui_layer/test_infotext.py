@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lib_hires.generation import Generation
 from lib_hires.registry import BY_NAME, TECHNIQUES
 from lib_hires.request import positional_fields, read_request
-from lib_hires.settings import params_of
+from lib_hires.settings import Unusable, params_of
 from lib_hires.webui import infotext
 from tests.webui_layer import strategies
 
@@ -21,10 +21,21 @@ KIND = DEEP_SHRINK.settings
 _PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _KEY = re.compile(r"\w[\w \-/]+")
 _SIZE = re.compile(r"\d+x\d+")
+# what the hosts themselves write, where it could be mistaken for a name of ours
+_HOSTS_KEYS = """Steps, Sampler, Schedule type, CFG scale, Image CFG scale, Distilled CFG Scale, Seed, Size, Model,
+VAE, Model hash, Denoising strength, Clip skip, ENSD, RNG, Version, Tiling, Eta, NGMS, Skip Early CFG, Refiner,
+Hypertile U-Net, Refiner switch at, Hires upscale, Hires steps, Hires upscaler, Hires resize, Hires CFG Scale, Hires
+prompt, Prompt, Negative prompt, Sigma noise, Sigma churn, Sigma Adjustment, Noise Schedule, Noise multiplier, Extra
+noise, Rescale CFG, Mask blur, Mask mode, Masked content, Inpaint area, Emphasis, Randomness, Script, TI, Pad conds,
+SGM noise multiplier, Token merging ratio, Schedule rho, Beta schedule alpha, Dynamic clip skip, Variation seed,
+Soft inpainting enabled"""
+
+
+each_technique = pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
 
 
 def as_line(params):
-    quoted = {k: json.dumps(v) if set(str(v)) & set(",:\n") else v for k, v in params.items()}
+    quoted = {k: json.dumps(v, ensure_ascii=False) if set(str(v)) & set(",:\n") else v for k, v in params.items()}
     return ", ".join(f"{key}: {value}" for key, value in {"Steps": 20, **quoted, "Version": "v1"}.items())
 
 
@@ -44,10 +55,12 @@ def test_round_trip(selection):
     back = pasted(parsed(as_line(params)))
     assert read_request(back).selection == selection
     for technique in TECHNIQUES:
-        switch, *values = back[: len(positional_fields(technique))]
+        count = len(positional_fields(technique))
+        (switch, *values), back = back[:count], back[count:]
         assert switch is (technique.name in selection)
         if not switch:
             assert values == [None] * len(values)
+    assert back == []
 
 
 @given(st.dictionaries(st.sampled_from(infotext.all_keys()), strategies.json_values))
@@ -69,8 +82,47 @@ def test_keys_and_values_survive_the_hosts_grammar():
         for param in params_of(technique.settings).values():
             for choice in param.choices:
                 assert not _SIZE.fullmatch(choice), f"hosts split {choice!r} into two keys"
-            if param.kind == "text":
-                assert param.default == "", "an empty text cannot be written, so it must be the default"
+
+
+@each_technique
+def test_an_empty_text_is_the_default_or_not_valid(technique):
+    """The hosts' grammar has no empty value."""
+    for param in params_of(technique.settings).values():
+        if param.kind == "text" and param.default != "":
+            with pytest.raises(Unusable):
+                param.read("")
+
+
+def test_keys_are_told_apart_by_people_and_by_careless_searches():
+    keys = [key.casefold() for key in infotext.all_keys()]
+    assert len(keys) == len(set(keys)), "keys that differ in case only"
+    assert keys == [" ".join(key.split()) for key in keys]
+    assert not set(keys) & {key.strip().casefold() for key in _HOSTS_KEYS.split(",")}
+    assert not [key for key in keys if re.search(r"-[12]$", key)], "hosts split sizes into keys that end so"
+    for technique in TECHNIQUES:
+        own = {infotext.key(technique, field) for field in positional_fields(technique)}
+        others = [key for key in infotext.all_keys() if key not in own]
+        begun = f"{technique.title} ".casefold()
+        assert not [key for key in others if f"{key} ".casefold().startswith(begun)]
+
+
+@each_technique
+def test_a_technique_alone_comes_back_alone(technique):
+    settings, params = strategies.all_changed(technique), {}
+    infotext.write(params, Generation({technique.name: settings}, ["a note: with, marks"]))
+    read = parsed(as_line(params))
+    assert read == {"Steps": "20", **params, "Version": "v1"}
+    assert len(params) == 1 + len(positional_fields(technique)), "its title, every changed field and the note"
+    assert read_request(pasted(read)).selection == {technique.name: settings}
+    for other in TECHNIQUES:
+        if other is not technique:
+            assert infotext.read(other, read) == (False, None, [])
+
+
+@each_technique
+def test_a_bare_title_in_another_text_switches_nothing_else_on(technique):
+    switched = [infotext.read(other, {technique.title: "on"})[0] for other in TECHNIQUES]
+    assert switched == [other is technique for other in TECHNIQUES]
 
 
 def test_only_what_differs_is_written():
@@ -91,10 +143,13 @@ def test_other_cells_keys_are_taken_away_first():
     assert params == {"Steps": 3}
 
 
-def test_a_text_without_our_keys_switches_off_and_moves_nothing():
-    assert pasted({"Steps": "3"})[0] is False
-    assert set(pasted({"Steps": "3"})[1:]) == {None}
-    assert set(pasted({"DeepShrink Downscale factor": "3"})[1:]) == {None}
+@given(st.sets(st.sampled_from([infotext.key(t, field) for t in TECHNIQUES for field in params_of(t.settings)])))
+def test_a_text_without_our_titles_switches_off_and_moves_nothing(keys):
+    for technique in TECHNIQUES:
+        switch, *values = (
+            target({"Steps": "3", **dict.fromkeys(keys, "3")}) for target in infotext.paste_targets(technique)
+        )
+        assert switch is False and set(values) == {None}
 
 
 def test_missing_keys_are_defaults():

@@ -1,5 +1,6 @@
 """The panel under a real gradio: one component per field, in positional order, and handlers that answer anything."""
 
+from html import escape
 from types import SimpleNamespace
 
 import gradio as gr
@@ -81,6 +82,58 @@ def test_a_host_may_bring_its_own_section(store):
     assert [switch for _, switch in made] == [ui.arguments[0] for ui in built.techniques]
 
 
+@pytest.fixture
+def followed(store):
+    """A panel on a page with a step count."""
+    with gr.Blocks() as page:
+        built = panel.build(lambda item: f"id_{item}", store)
+        steps = gr.Slider(1, 150, 20)
+        built.follow(steps)
+    return page, built, steps
+
+
+def outputs_of_changes(page, component):
+    """The outputs of each handler that a change of the component calls."""
+    handlers = [d for d in page.dependencies if component._id in d["targets"] and d["trigger"] == "change"]
+    return [[page.blocks[output] for output in handler["outputs"]] for handler in handlers]
+
+
+def test_every_parameter_redraws_its_own_technique_once(followed):
+    page, built, _ = followed
+    for ui in built.techniques:
+        for component in ui.values:
+            assert outputs_of_changes(page, component) == [[ui.view, ui.presets.choice]]
+
+
+def test_the_step_count_redraws_all_plots_in_one_request(followed):
+    page, built, steps = followed
+    plotted = [ui for ui in built.techniques if ui.technique.curve is not None]
+    assert outputs_of_changes(page, steps) == [[ui.view for ui in plotted]]
+    defaults = [component.value for ui in plotted for component in ui.values]
+    assert built._redraw(8, *defaults) == [panel.view(ui.technique, ui.technique.settings(), [], 8) for ui in plotted]
+
+
+def test_each_family_has_one_heading_and_each_technique_says_what_it_is_for_and_costs(followed):
+    page, _, _ = followed
+    shown = "".join(block.value for block in page.blocks.values() if isinstance(block, gr.HTML))
+    labels = [block.label for block in page.blocks.values() if isinstance(block, gr.Accordion)]
+    families = [technique.family for technique in TECHNIQUES]
+    for family in families:
+        assert shown.count(f'<div class="hires-plus-family">{family}</div>') == 1
+    for technique in TECHNIQUES:
+        assert technique.summary and escape(technique.summary) in shown
+        assert labels.count(f"{technique.title} ({technique.cost})" if technique.cost else technique.title) == 1
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
+def test_a_view_is_a_plot_a_problem_or_nothing(technique):
+    assert panel.view(technique, technique.settings(), []).startswith("<svg") is (technique.curve is not None)
+    if technique.curve is None:
+        assert panel.view(technique, technique.settings(), []) == ""
+    told = panel.view(technique, None, ["what is <wrong>"])
+    assert told == '<div class="hires-plus-problem">what is &lt;wrong&gt;</div>'
+
+
 def refresh(built, preset=None, steps=20, known=tuple(DEEP_SHRINK.presets), **changes):
     values = [getattr(KIND(**changes) if _are_valid(changes) else KIND(), field) for field in params_of(KIND)]
     if not _are_valid(changes):
@@ -114,7 +167,8 @@ def test_no_step_count_raises(built, steps):
 
 @pytest.mark.parametrize("value", [None, "", "abc", float("nan"), [], {}])
 def test_no_value_raises(built, value):
-    built.techniques[0]._refresh(value, [], *[value] * len(params_of(KIND)), value)
+    for ui in built.techniques:
+        ui._refresh(value, [], *[value] * len(params_of(ui.technique.settings)), value)
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ DEEP_SHRINK = BY_NAME["deep_shrink"]
 KIND = DEEP_SHRINK.settings
 
 
-@given(st.sampled_from(TECHNIQUES).flatmap(lambda t: st.tuples(st.just(t), strategies.settings_of(t))), st.integers())
+CURVED = [technique for technique in TECHNIQUES if technique.curve is not None]
+
+
+@given(st.sampled_from(CURVED).flatmap(lambda t: st.tuples(st.just(t), strategies.settings_of(t))), st.integers())
 def test_any_settings_give_well_formed_svg(pair, steps):
     technique, settings = pair
     svg = ET.fromstring(plot(technique, settings, steps))
@@ -24,6 +27,21 @@ def test_any_settings_give_well_formed_svg(pair, steps):
     assert len(bars) == min(max(steps, 1), 150)
     for bar in bars:
         assert float(bar.get("height")) > 0 and float(bar.get("width")) > 0 and float(bar.get("y")) >= 0
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda technique: technique.name)
+def test_there_is_a_plot_exactly_where_there_is_a_curve(technique):
+    for settings in (technique.settings(), strategies.all_changed(technique)):
+        drawn = plot(technique, settings)
+        assert drawn.startswith("<svg") if technique in CURVED else drawn == ""
+
+
+@pytest.mark.parametrize("technique", CURVED, ids=lambda technique: technique.name)
+def test_a_curve_has_a_value_and_a_phase_for_every_step_and_fits_its_axis(technique):
+    for settings in technique.presets.values():
+        curve = technique.curve(settings, synthetic_run(20))
+        assert len(curve.values) == len(curve.phases) == 20 and curve.caption
+        assert all(curve.low <= value <= curve.high for value in curve.values)
 
 
 def test_the_bars_are_the_curve():
