@@ -14,10 +14,12 @@ ALONE: dict[str, dict[str, Any]] = {
     "dilation": {},
     "freeu": {},
     "scale_fusion": {},
-    "near_sighted_tile": {"tile_size": 16},
+    "near_sighted_tile": {"base_tile_size": 16, "peak_tile_size": 16},
     "near_sighted_attention": {},
     "slothful": {},
 }
+# Slothful leaves alone what Near-sighted Attention has reduced already
+ALL = tuple(name for name in ALONE if name != "slothful")
 LARGE = {"width": 256, "height": 192}  # four times the tests' native size and more
 COMBINATIONS = {
     "FreeU with DeepShrink": ("freeu", "deep_shrink"),
@@ -25,7 +27,7 @@ COMBINATIONS = {
     "Slothful with PAG and SAG": ("slothful", "pag", "sag"),
     "Near-sighted Attention with PAG in the middle": ("near_sighted_attention", "pag"),
     "all windows": ("scale_fusion", "near_sighted_tile", "slothful"),
-    "everything": (*ALONE, "deep_shrink", "apg", "pag", "sag"),
+    "everything": (*ALL, "deep_shrink", "apg", "pag", "sag"),
 }
 LONG = ", ".join(["a very tall old lighthouse on a cliff above a stormy green sea"] * 7)
 
@@ -86,7 +88,7 @@ def test_samplers(webui, sampler, scheduler, steps):
 
 @pytest.mark.parametrize("tab", ["hires", "img2img", "inpaint"])
 def test_passes(webui, tab):
-    names = tuple(ALONE)
+    names = ALL
 
     def make(plugin=None):
         return getattr(webui, tab)(plugin, **({} if tab == "hires" else LARGE))
@@ -101,7 +103,7 @@ def test_passes(webui, tab):
 
 @pytest.mark.parametrize("prompt", ["a lighthouse AND a dog :0.6", LONG], ids=["AND", "long"])
 def test_prompts_in_batches(webui, prompt):
-    names = tuple(ALONE)
+    names = ALL
     on = webui.txt2img(asking(*names), batch_size=2, seed=20, prompt=prompt, **LARGE)
     assert on.status == 200, on.body
     assert on.acted(*names)
@@ -115,7 +117,7 @@ def test_prompts_in_batches(webui, prompt):
 @pytest.mark.parametrize("size", [(136, 200), (264, 168), (152, 152)], ids=str)
 def test_sizes(webui, size):
     width, height = size
-    names = tuple(ALONE)
+    names = ALL
     on = webui.txt2img(asking(*names, "deep_shrink"), width=width, height=height)
     assert on.status == 200, on.body
     assert on.picture.shape == (height, width, 3) and is_alive(on.picture)
@@ -124,7 +126,7 @@ def test_sizes(webui, size):
 
 @pytest.mark.parametrize("family", ["sdxl", "v-prediction"])
 def test_other_unets(on_family, family):
-    webui, names = on_family(family), tuple(ALONE)
+    webui, names = on_family(family), ALL
     off, on = webui.txt2img(**LARGE), webui.txt2img(asking(*names), **LARGE)
     assert on.status == 200, on.body
     assert on.acted(*names), on.infotext
