@@ -170,8 +170,8 @@ class SamplingRun:
     def _warn_unfired(self) -> None:
         for title in self._plan.unfired() if self._plan else []:
             log.warning(
-                f"{title} is on but never acted in this pass: no step fell into its window, no size changed, "
-                "or there was no negative prompt to guide against (CFG scale 1)"
+                f"{title} is on but never acted in this pass: no step fell into its window, no size changed, another "
+                "technique did it already, or there was no negative prompt to guide against (CFG scale 1)"
             )
 
 

@@ -19,7 +19,7 @@ from lib_hires.technique import Technique
 log = logging.getLogger("hires_plus")
 
 NOTE = "Hires Plus note"  # for people; no component reads it back
-_NEVER_ACTED = "no step fell into its window, or no size changed"
+_NEVER_ACTED = "no step fell into its window, nothing was to change, or another technique did it"
 
 
 def key(technique: Technique, field: str) -> str:

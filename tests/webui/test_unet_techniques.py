@@ -18,8 +18,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "near_sighted_attention": {},
     "slothful": {},
 }
-# Slothful leaves alone what Near-sighted Attention has reduced already
-ALL = tuple(name for name in ALONE if name != "slothful")
+# others leave alone what Near-sighted Attention has reduced and tiled already
+ALL = tuple(name for name in ALONE if name != "near_sighted_attention")
 LARGE = {"width": 256, "height": 192}  # four times the tests' native size and more
 COMBINATIONS = {
     "FreeU with DeepShrink": ("freeu", "deep_shrink"),
