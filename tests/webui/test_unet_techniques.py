@@ -126,7 +126,9 @@ def test_sizes(webui, size):
 
 @pytest.mark.parametrize("family", ["sdxl", "v-prediction"])
 def test_other_unets(on_family, family):
-    webui, names = on_family(family), ALL
+    webui = on_family(family)
+    # SDXL's attention begins a level deeper, where this picture fits into one tile
+    names = tuple(name for name in ALL if family != "sdxl" or name != "near_sighted_tile")
     off, on = webui.txt2img(**LARGE), webui.txt2img(asking(*names), **LARGE)
     assert on.status == 200, on.body
     assert on.acted(*names), on.infotext

@@ -193,7 +193,7 @@ def test_settling_keeps_what_acted():
 @pytest.mark.parametrize(
     ("outcome", "note"),
     [
-        ({}, "DeepShrink did nothing: no step fell into its window, nothing was to change, or another technique did it"),
+        ({}, f"DeepShrink did nothing: {infotext._NEVER_ACTED}"),
         ({"rested": {"DeepShrink": "factor 1"}}, "DeepShrink did nothing: factor 1"),
         ({"refused": {"DeepShrink": "no UNet"}}, "DeepShrink was refused: no UNet"),
     ],
