@@ -11,6 +11,7 @@ COMPONENTS = [(t, field) for t in TECHNIQUES for field in positional_fields(t)] 
 
 # Valid texts for each text parameter, as its grammar cannot be drawn from. A new one needs its line here.
 EXAMPLES = {
+    ("dilation", "layers"): ("m", "i6.down i7-8 m", "i10, i11, m"),
     ("deep_shrink", "more_stages"): ["6:2:0-0.2", "6:2:0-0.2; 3:1.5:0.2-0.5-0.7"],
     ("pag", "blocks"): ["u0.4", "m0, d2.2-9", "D1, u0"],
 }
