@@ -15,12 +15,12 @@ which V1 and V2 scale half of the channels, and for V2.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lib_hires.precision import full_precision
 from lib_hires.resize import map_size
 from lib_hires.run import Call, Run
 from lib_hires.settings import Settings, choice, number, passes_choice, window_end, window_start
@@ -33,7 +33,6 @@ V1, V2 = "V1", "V2"
 
 _STAGE_WIDTHS = (4, 2)  # channels of stage 1 and 2, in model_channels
 _FLAT = 1e-5  # a channel mean that varies by less than this part of its size is constant: the rest is rounding
-_AUTOCAST_DEVICES = ("cuda", "cpu", "xpu")
 
 
 def filter_skip(skip: Tensor, s: float) -> Tensor:
@@ -49,7 +48,7 @@ def filter_skip(skip: Tensor, s: float) -> Tensor:
     if s == 1:
         return skip
     height, width = map_size(skip)
-    with _no_autocast(skip.device):
+    with full_precision(skip):
         rows, columns = _basis(height, skip.device), _basis(width, skip.device)
         x = skip.float().reshape(-1, width)
         # both axes of all maps in a few plain products: one product per map, however small, would take longer
@@ -74,11 +73,6 @@ def _quarter_turn(basis: Tensor) -> Tensor:
     if len(basis) == 3:
         turn[2, 1], turn[1, 2] = 1.0, -1.0
     return turn
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Hosts run the UNet under autocast, which would make the products half precision whatever they are given."""
-    return torch.autocast(device.type, enabled=False) if device.type in _AUTOCAST_DEVICES else nullcontext()
 
 
 def scale_backbone(h: Tensor, b: float, version: str) -> Tensor:
