@@ -213,5 +213,5 @@ TECHNIQUE = Technique(
         "Early steps only": ScaleFusionSettings(end=0.5),
         "As FreeScale's code": ScaleFusionSettings(released_blur=True),
     },
-    cost="+40 % time; Neighbourhood is faster than off",
+    cost="+40 % time",
 )
