@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .client import distance, is_alive, same
+from .client import FORGE, distance, is_alive, same
 from .test_samplers import SAMPLERS
 
 # settings that act visibly within two steps
@@ -98,7 +98,9 @@ def test_passes(webui, tab):
     assert on.acted(*names), on.infotext
     assert is_alive(on.picture)
     assert distance(on.picture, off.picture) > 0.1
-    assert same(make().picture, off.picture)
+    # Forge noises the kept part of an inpainting anew from a global generator, with or without us
+    again, almost = make().picture, tab == "inpaint" and webui.host == FORGE
+    assert distance(again, off.picture) < 0.01 if almost else same(again, off.picture)
 
 
 @pytest.mark.parametrize("prompt", ["a lighthouse AND a dog :0.6", LONG], ids=["AND", "long"])
