@@ -8,6 +8,7 @@ from typing import Any
 
 from lib_hires.run import Run
 from lib_hires.settings import Settings
+from lib_hires.topology import UNetTopology
 
 
 class Refusal(Exception):
@@ -16,6 +17,20 @@ class Refusal(Exception):
 
 class Rest(Exception):
     """Nothing to do in this run (a pass not chosen, a size at or below native). Told in the log, no warning."""
+
+
+def unet_of(run: Run, need: str) -> UNetTopology:
+    """The run's UNet. Raises `Refusal` where there is none; `need` says who needs it: "FreeU changes UNet blocks"."""
+    if run.model.unet is None:
+        raise Refusal(f"{run.model.no_unet_reason}, and {need}: switch it off for this model")
+    return run.model.unet
+
+
+def check_above_native(run: Run) -> None:
+    """Raises `Rest` where the picture has no more cells than the model was trained for."""
+    (height, width), (native_height, native_width) = run.latent, run.model.native
+    if height * width <= native_height * native_width:
+        raise Rest(f"latent {width}x{height} is not above the native {native_width}x{native_height}")
 
 
 class Patch:

@@ -7,7 +7,7 @@ import math
 from lib_hires.run import Run, Size
 from lib_hires.settings import Settings, number, toggle
 from lib_hires.sites import Place
-from lib_hires.technique import Refusal, Rest
+from lib_hires.technique import Refusal, check_above_native, unet_of
 from lib_hires.topology import AttentionLayer, UNetTopology
 
 _DEEPEST = 2  # SD's channel multiples are 1, 2, 4, 4: the reference, which reads depth from channels, stops here too
@@ -92,15 +92,10 @@ def time_decay() -> float:
 
 def check_run(run: Run, title: str, only_above: bool) -> None:
     """Raises `Refusal` on a model without UNet blocks, and `Rest` at or below its native size."""
-    if run.model.unet is None:
-        raise Refusal(
-            f"{run.model.no_unet_reason}, and {title} changes a UNet's attention: switch it off for this model"
-        )
-    if not run.model.unet.attention:
+    if not unet_of(run, f"{title} changes a UNet's attention").attention:
         raise Refusal(f"this UNet has no self-attention that {title} knows: switch it off for this model")
-    (height, width), (native_height, native_width) = run.latent, run.model.native
-    if only_above and area(run.latent) <= area(run.model.native):
-        raise Rest(f"latent {width}x{height} is not above the native {native_width}x{native_height}")
+    if only_above:
+        check_above_native(run)
 
 
 class TimedSettings(Settings):

@@ -36,7 +36,7 @@ from lib_hires.precision import working_dtype
 from lib_hires.run import Call, Run, Size
 from lib_hires.settings import Settings, choice, number, passes_choice, text, window_end, window_start
 from lib_hires.sites import Guidance, PerturbedAttention, Place, Predictions, Projections
-from lib_hires.technique import Curve, Patch, Refusal, Rest, Technique
+from lib_hires.technique import Curve, Patch, Refusal, Rest, Technique, unet_of
 from lib_hires.topology import AttentionLayer
 from lib_hires.window import Windowed
 
@@ -215,9 +215,7 @@ class PagPatch(Patch, Guidance, PerturbedAttention):
 
 def begin(settings: PagSettings, run: Run) -> PagPatch:
     """The patch for one run. Raises `Refusal` on a model without UNet blocks or without a chosen block."""
-    unet = run.model.unet
-    if unet is None:
-        raise Refusal(f"{run.model.no_unet_reason}, and PAG changes UNet attention: switch it off for this model")
+    unet = unet_of(run, "PAG changes UNet attention")
     try:
         layers = resolve_blocks(parse_blocks(settings.blocks), unet)
     except LookupError as error:

@@ -31,7 +31,7 @@ from lib_hires.precision import full_precision
 from lib_hires.run import COND, FLOW, UNCOND, Call, Run
 from lib_hires.settings import Settings, number, passes_choice, toggle, window_end, window_start
 from lib_hires.sites import Guidance, Place, Predictions, Projections, RecordedAttention
-from lib_hires.technique import Patch, Refusal, Rest, Technique
+from lib_hires.technique import Patch, Refusal, Rest, Technique, unet_of
 from lib_hires.topology import MIDDLE, AttentionLayer
 from lib_hires.window import Windowed
 
@@ -172,9 +172,7 @@ class SagPatch(Patch, Guidance, RecordedAttention):
 
 def begin(settings: SagSettings, run: Run) -> SagPatch:
     """The patch for one run. Raises `Refusal` on a model without UNet blocks or without attention in the middle."""
-    unet = run.model.unet
-    if unet is None:
-        raise Refusal(f"{run.model.no_unet_reason}, and SAG reads UNet attention: switch it off for this model")
+    unet = unet_of(run, "SAG reads UNet attention")
     middle = [layer for layer in unet.attention if layer.side == MIDDLE]
     if not middle:
         raise Refusal(f"the middle block of {run.model.family} has no self-attention: switch SAG off for this model")

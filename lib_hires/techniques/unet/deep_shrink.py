@@ -21,7 +21,7 @@ from lib_hires.resize import BICUBIC, METHODS, map_size, resize, scaled_length
 from lib_hires.run import Call, Run, Size
 from lib_hires.settings import Settings, choice, integer, number, passes_choice, text, toggle
 from lib_hires.sites import FeatureMaps
-from lib_hires.technique import Curve, Patch, Refusal, Rest, Technique
+from lib_hires.technique import Curve, Patch, Refusal, Rest, Technique, check_above_native, unet_of
 from lib_hires.window import SigmaRange, Window
 
 FULL_SHRINK, GROWING, ORIGINAL = "full shrink", "growing", "original"
@@ -222,18 +222,15 @@ class DeepShrinkPatch(Patch, FeatureMaps):
 
 def begin(settings: DeepShrinkSettings, run: Run) -> DeepShrinkPatch:
     """The patch for one run. Raises `Refusal` on a model without UNet blocks or without the chosen block."""
-    unet = run.model.unet
-    if unet is None:
-        raise Refusal(f"{run.model.no_unet_reason}, and DeepShrink changes UNet blocks: switch it off for this model")
+    unet = unet_of(run, "DeepShrink changes UNet blocks")
     for stage in settings.stages:
         if stage.block >= unet.input_blocks:
             raise Refusal(
                 f"input block {stage.block} does not exist in {run.model.family}: "
                 f"set Block number to 1 to {unet.input_blocks - 1}"
             )
-    (height, width), (native_height, native_width) = run.latent, run.model.native
-    if settings.only_above_native and height * width <= native_height * native_width:
-        raise Rest(f"latent {width}x{height} is not above the native {native_width}x{native_height}")
+    if settings.only_above_native:
+        check_above_native(run)
     if all(stage.factor == 1 for stage in settings.stages):
         raise Rest("factor 1 changes nothing")
     return DeepShrinkPatch(settings, run)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from lib_hires.run import Call, Run, Size
 from lib_hires.settings import Settings, number, passes_choice, text, toggle, window_start
 from lib_hires.sites import Convolutions
-from lib_hires.technique import Patch, Refusal, Rest, Technique
+from lib_hires.technique import Patch, Refusal, Rest, Technique, check_above_native, unet_of
 from lib_hires.topology import DOWN, FIRST_CONV, INPUT, MIDDLE, OUTPUT, SECOND_CONV, UP, ConvLayer, UNetTopology
 from lib_hires.window import Windowed
 
@@ -156,14 +156,10 @@ class DilationPatch(Patch, Convolutions):
 def begin(settings: DilationSettings, run: Run) -> DilationPatch:
     """The patch for one run. Raises `Refusal` on a model without UNet blocks or without the chosen layers, and `Rest`
     where the factor is 1."""
-    unet = run.model.unet
-    if unet is None:
-        raise Refusal(
-            f"{run.model.no_unet_reason}, and dilation changes the convolutions of a UNet: switch it off for this model"
-        )
+    unet = unet_of(run, "dilation changes the convolutions of a UNet")
+    if settings.only_above_native:
+        check_above_native(run)
     (height, width), (native_height, native_width) = run.latent, run.model.native
-    if settings.only_above_native and height * width <= native_height * native_width:
-        raise Rest(f"latent {width}x{height} is not above the native {native_width}x{native_height}")
     if (settings.factor or in_quarters(enlargement(run.latent, run.model.native))) == 1:
         raise Rest(f"latent {width}x{height} is about the native {native_width}x{native_height}, and factor 1 is off")
     return DilationPatch(settings, run, _chosen_layers(settings, run.model.family, unet))

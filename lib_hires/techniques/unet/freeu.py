@@ -25,7 +25,7 @@ from lib_hires.resize import map_size
 from lib_hires.run import Call, Run
 from lib_hires.settings import Settings, choice, number, passes_choice, window_end, window_start
 from lib_hires.sites import FeatureMaps
-from lib_hires.technique import Patch, Refusal, Rest, Technique
+from lib_hires.technique import Patch, Rest, Technique, unet_of
 from lib_hires.topology import OUTPUT, UNetTopology
 from lib_hires.window import Windowed
 
@@ -192,11 +192,10 @@ class FreeUPatch(Patch, FeatureMaps):
 
 def begin(settings: FreeUSettings, run: Run) -> FreeUPatch:
     """The patch for one run. Raises `Refusal` on a model without UNet blocks, `Rest` where all four values are 1."""
-    if run.model.unet is None:
-        raise Refusal(f"{run.model.no_unet_reason}, and FreeU changes UNet blocks: switch it off for this model")
+    unet = unet_of(run, "FreeU changes UNet blocks")
     if all(pair == (1, 1) for pair in settings.scales.values()):
         raise Rest("b1, b2, s1 and s2 are 1, which changes nothing")
-    return FreeUPatch(settings, run, stages(run.model.unet))
+    return FreeUPatch(settings, run, stages(unet))
 
 
 TECHNIQUE = Technique(
