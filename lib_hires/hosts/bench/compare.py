@@ -3,6 +3,7 @@
 ./dev bench                                  12 pictures a row, about two minutes
 ./dev bench --rows sizes --pictures 100      the published table of sizes
 ./dev bench --rows guidance --pictures 40    every guidance technique at low, normal and burning CFG
+./dev bench --rows unet --pictures 40        every technique that acts in the UNet, above native size
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,16 +34,18 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a size, and the presets of the techniques that are on."""
+    """One line of the table: a size, and the presets of the techniques that are on, with what differs from them."""
 
     title: str
     width: int
     height: int
     presets: tuple[tuple[str, str], ...] = ()  # (technique, preset)
     cfg_scale: float | None = None  # None: that of the command line
+    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # by technique
 
     def generation(self) -> Generation:
-        return Generation({name: BY_NAME[name].presets[preset] for name, preset in self.presets})
+        presets = {name: BY_NAME[name].presets[preset] for name, preset in self.presets}
+        return Generation({name: replace(preset, **self.changes.get(name, {})) for name, preset in presets.items()})
 
 
 _N = NATIVE_SIZE
@@ -59,6 +62,29 @@ SIZE_ROWS: dict[str, Row] = {
     "naive-wide": Row("naive 1x2", 2 * _N, _N),
     "deep-shrink-wide": Row("DeepShrink 1x2, composition first", 2 * _N, _N, _FIRST),
 }
+_DILATION = ("dilation", "Automatic (FreeScale)")
+_FUSION = ("scale_fusion", "Default")
+_SLOTHFUL = ("slothful", "Default")
+_NEIGHBOURHOOD = ("scale_fusion", "Neighbourhood (faster than off)")
+# Tiles of the bench's native size that see nothing else: each draws its own object, as it should without help.
+_TILES = ("near_sighted_tile", "Native tiles, fast")
+_ALONE = {"base_tile_size": 16, "peak_tile_size": 16, "base_global_ratio": 0.0, "peak_global_ratio": 0.0}
+
+UNET_ROWS: dict[str, Row] = {
+    "dilation": Row("dilation 2x", 2 * _N, 2 * _N, (_DILATION,)),
+    # at 4x a picture would take three times as long as at 3x
+    "naive-3x": Row("naive 3x", 3 * _N, 3 * _N),
+    "dilation-3x": Row("dilation 3x", 3 * _N, 3 * _N, (_DILATION,)),
+    "tiles-alone": Row("Near-sighted tiles alone 2x", 2 * _N, 2 * _N, (_TILES,), changes={_TILES[0]: _ALONE}),
+    "slothful": Row("Slothful 2x", 2 * _N, 2 * _N, (_SLOTHFUL,)),
+    "scale-fusion": Row("scale fusion 2x", 2 * _N, 2 * _N, (_FUSION,)),
+    "neighbourhood": Row("neighbourhood 2x", 2 * _N, 2 * _N, (_NEIGHBOURHOOD,)),
+    "freeu-v1": Row("FreeU V1, native", _N, _N, (("freeu", "FreeScale (SDXL)"),)),
+    "freeu-v2": Row("FreeU V2, native", _N, _N, (("freeu", "SD 1.5"),)),
+    "together": Row("DeepShrink + dilation + fusion 2x", 2 * _N, 2 * _N, (*_FIRST, _DILATION, _FUSION)),
+}
+# beside what they are to be better than
+UNET_GROUP = ("native", "naive", "composition", *UNET_ROWS)
 GUIDANCE = tuple(technique for technique in TECHNIQUES if technique.family == "Guidance")
 CFG_SCALES = (4.0, 7.5, 15.0)  # low, normal, burning
 
@@ -72,9 +98,9 @@ def _guidance_rows(cfg_scale: float) -> Iterator[tuple[str, Row]]:
 
 
 GUIDANCE_ROWS = {name: row for cfg_scale in CFG_SCALES for name, row in _guidance_rows(cfg_scale)}
-ROWS = SIZE_ROWS | GUIDANCE_ROWS
+ROWS = SIZE_ROWS | UNET_ROWS | GUIDANCE_ROWS
 GUIDANCE_ROWS_HELP = "a guidance technique and a CFG scale (pag-7.5, cfg-15)"
-GROUPS = {"sizes": tuple(SIZE_ROWS), "guidance": tuple(GUIDANCE_ROWS)}
+GROUPS = {"sizes": tuple(SIZE_ROWS), "unet": UNET_GROUP, "guidance": tuple(GUIDANCE_ROWS)}
 DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
 
 
@@ -203,6 +229,7 @@ def as_json(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
             "title": ROWS[name].title,
             "size": [ROWS[name].width, ROWS[name].height],
             "presets": dict(ROWS[name].presets),
+            "changes": ROWS[name].changes,
             "errors": outcome.errors,
             "pictures": len(outcome.counts),
             "interval": wilson_interval(outcome.errors, len(outcome.counts)),
@@ -224,7 +251,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
-    known = f"{', '.join(SIZE_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
+    known = f"{', '.join(SIZE_ROWS | UNET_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {known}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg-scale", type=float, default=3.0)
