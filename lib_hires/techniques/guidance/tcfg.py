@@ -47,19 +47,22 @@ def damped_uncond(x: Tensor, cond: Tensor, uncond: Tensor, strength: float = 1.0
     All are [B, ...], float32, x0 predictions and the noisy latent (VE, or flow: x - x0 is then sigma times the
     velocity, and the projection does not depend on scale). Where no direction dominates, uncond stays as it is.
     """
-    pictures = zip(x, cond, uncond, strict=True)
-    of_a, of_b = _projection(torch.stack([_products(*picture) for picture in pictures]))
-    # x - a' = (1 - of_a - of_b) x + of_a uncond + of_b cond. The share of x is nearly 0 where x is nearly noise, and
-    # is computed wide, so that the picture is not lost in the noise.
+    a, d = x - uncond, cond - uncond
+    of_a, of_b = _projection(_products(a, d))
+    # x - a' = uncond + (1 - of_a - of_b) a + of_b d. The share of a is nearly 0 where a is nearly noise, and is computed
+    # wide, so that the picture is not lost in the noise.
     shares = strength * torch.stack((1 - of_a - of_b, of_b))
-    of_x, of_cond = shares.to(x.dtype).view(2, -1, *[1] * (x.ndim - 1))
-    return (uncond * (1 - of_x - of_cond)).addcmul_(cond, of_cond).addcmul_(x, of_x)
+    more_a, more_d = shares.to(x.dtype).view(2, -1, *[1] * (x.ndim - 1))
+    return d.mul_(more_d).addcmul_(a, more_a).add_(uncond)
 
 
-def _products(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-    """<a, a>, <a, d> and <d, d> of one picture, wide [3]."""
-    a, d = wide(x - uncond).flatten(), wide(cond - uncond).flatten()
-    return torch.stack((torch.dot(a, a), torch.dot(a, d), torch.dot(d, d)))
+def _products(a: Tensor, d: Tensor) -> Tensor:
+    """<a, a>, <a, d> and <d, d> of each picture, wide [B, 3].
+
+    Summed in float32: where the noise dwarfs both predictions the angle that they give is small, and so is its error.
+    """
+    pictures = zip(a.flatten(1), d.flatten(1), strict=True)
+    return wide(torch.stack([torch.stack((a @ a, a @ d, d @ d)) for a, d in pictures]))
 
 
 def _projection(products: Tensor) -> tuple[Tensor, Tensor]:
