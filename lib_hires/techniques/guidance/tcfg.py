@@ -49,8 +49,8 @@ def damped_uncond(x: Tensor, cond: Tensor, uncond: Tensor, strength: float = 1.0
     """
     a, d = x - uncond, cond - uncond
     of_a, of_b = _projection(_products(a, d))
-    # x - a' = uncond + (1 - of_a - of_b) a + of_b d. The share of a is nearly 0 where a is nearly noise, and is computed
-    # wide, so that the picture is not lost in the noise.
+    # x - a' = uncond + (1 - of_a - of_b) a + of_b d. The share of a is nearly 0 where a is nearly noise, and is
+    # computed wide, so that the picture is not lost in the noise.
     shares = strength * torch.stack((1 - of_a - of_b, of_b))
     more_a, more_d = shares.to(x.dtype).view(2, -1, *[1] * (x.ndim - 1))
     return d.mul_(more_d).addcmul_(a, more_a).add_(uncond)
