@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lib_hires.noise import NoiseSchedule
+from lib_hires.samplers import Sampler
 from lib_hires.topology import UNetTopology
 
 Size = tuple[int, int]  # (height, width)
@@ -28,11 +31,20 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a hires or img2img pass begins from: the clean latent [B, C, h, w] (x0) of the picture that it refines, at
+    this pass's size, and the host's own unit noise for it, which the pass's first noisy latent was made with."""
+
+    latent: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
 class Run:
     """One sampling run of one pass. Immutable.
 
     `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
-    them; adaptive samplers give only their range.
+    them; adaptive samplers give only their range. `start` is None where the pass begins from noise alone.
     """
 
     host: str
@@ -41,6 +53,8 @@ class Run:
     latent: Size
     sigmas: tuple[float, ...]
     seed: int = 0
+    sampler: Sampler = field(default_factory=Sampler)
+    start: Start | None = None
 
     @property
     def sigma_first(self) -> float:

@@ -164,6 +164,16 @@ class SelfAttention:
         return inner(q, k, v)
 
 
+class NoisyLatent:
+    """The noisy latent just before a call; what it becomes there is what a sampler goes on from, if it keeps latents
+    (`samplers.Sampler.keeps_latent`)."""
+
+    def before_call(self, x: Tensor, call: Call) -> Tensor:
+        """x [B, C, h, w], float32: x0 + sigma noise (VE), or (1 - sigma) x0 + sigma noise for a flow model. A patch
+        that does nothing returns the very tensor it was given."""
+        return x
+
+
 class PerturbedAttention:
     """One more prediction of cond, made with perturbed self-attention in some layers. One such patch per plan."""
 

@@ -31,8 +31,8 @@ class HiresPlusScript(scripts.Script):
     def before_process_batch(self, p, *args, **kwargs):
         extension.announce(p)
 
-    def process_before_every_sampling(self, p, *args, **kwargs):
-        extension.attach(p)
+    def process_before_every_sampling(self, p, *args, x=None, noise=None, **kwargs):
+        extension.attach(p, x, noise)
 
     def postprocess_batch(self, p, *args, **kwargs):
         extension.settle(p)

@@ -19,7 +19,9 @@ from lib_hires.generation import Generation
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan, make_plan
 from lib_hires.registry import BY_NAME
-from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size
+from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
+from lib_hires.samplers import Sampler
+from lib_hires.sites import NoisyLatent
 
 log = logging.getLogger("hires_plus")
 
@@ -40,6 +42,9 @@ class HostAdapter(Protocol):
     def call_sigma(self, params: Any, facts: ModelFacts) -> float:
         """Noise level (VE scaling) of a cfg_denoiser callback."""
 
+    def latent_level(self, denoiser: Any, level: float, facts: ModelFacts) -> tuple[float, float]:
+        """(noise level, factor to our scaling) of a latent that a sampler hands to its denoiser as of `level`."""
+
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         """Noise levels of a run, from the arguments of the sampler function."""
 
@@ -48,12 +53,17 @@ class HostAdapter(Protocol):
         as a context manager."""
 
 
-def attach(p: Any, generation: Generation) -> None:
-    """Make the pass that is about to be sampled a run. Idempotent: Forge calls the hook twice before a hires pass."""
+def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> None:
+    """Make the pass that is about to be sampled a run; x and noise are the host's latent and noise for it.
+
+    Idempotent: Forge calls the hook twice before a hires pass.
+    """
     if not generation.selection:
         return
     sampler = p.sampler
     original = getattr(sampler.func, _ORIGINAL, sampler.func)
+    # a pass from noise alone has no picture behind it: there x is the noise itself
+    start = None if x is None or noise is None or _pass_name(p) == FIRST_PASS else Start(x, noise)
     spent = False
 
     @functools.wraps(original)  # hosts read the function's signature to decide what to pass
@@ -67,7 +77,8 @@ def attach(p: Any, generation: Generation) -> None:
         spent = True
         # by name, however they came: some samplers take n or a range, and some callers pass sigmas by position
         arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments | kwargs
-        with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments).active():
+        told = Sampler(original.__name__, float(arguments.get("eta") or 0), float(arguments.get("s_churn") or 0))
+        with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments, told, start).active():
             return original(model, x, *args, **kwargs)
 
     setattr(run_sampler, _ORIGINAL, original)
@@ -90,12 +101,23 @@ def adapter_for(sd_model: Any) -> HostAdapter:
 class SamplingRun:
     """One sampling run in a WebUI."""
 
-    def __init__(self, adapter: HostAdapter, p: Any, generation: Generation, x: Any, arguments: Mapping[str, Any]):
+    def __init__(
+        self,
+        adapter: HostAdapter,
+        p: Any,
+        generation: Generation,
+        x: Any,
+        arguments: Mapping[str, Any],
+        sampler: Sampler,
+        start: Start | None,
+    ) -> None:
         self._adapter = adapter
         self._p = p
         self._generation = generation
         self._latent: Size = (int(x.shape[-2]), int(x.shape[-1]))
         self._arguments = arguments
+        self._sampler = sampler
+        self._start = start
         self._denoiser = p.sampler.model_wrap_cfg
         self._network: Any = None
         self._plan: Plan | None = None
@@ -107,9 +129,10 @@ class SamplingRun:
     def active(self) -> Iterator[None]:
         original_forward = self._denoiser.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                return original_forward(*args, **kwargs)
+                self._guarded(lambda: self._change_latent(x, sigma))
+                return original_forward(x, sigma, *args, **kwargs)
             finally:
                 self._call.close()
 
@@ -122,12 +145,16 @@ class SamplingRun:
                 self._finish_plan()
 
     def open_call(self, params: Any) -> None:
-        """Begin one denoiser call. A defect of ours costs this run its techniques, told once, and not the picture."""
+        """Begin one denoiser call."""
         self._call.close()
+        self._guarded(lambda: self._open_call(params))
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """A defect of ours costs this run its techniques, told once, and not the picture."""
         if self._broken:
             return
         try:
-            self._open_call(params)
+            act()
         except Exception as error:
             self._broken = True
             self._call.close()
@@ -135,15 +162,34 @@ class SamplingRun:
             for name in self._generation.selection:
                 self._generation.refused[BY_NAME[name].title] = f"internal error: {error}"
 
+    def _change_latent(self, x: Any, sigma: Any) -> None:
+        """The sampler goes on from its own tensor: what patches make of it is written back into it."""
+        plan = self._current_plan()
+        patches = plan.at(NoisyLatent)
+        if not patches:
+            return
+        level, factor = self._adapter.latent_level(self._denoiser, float(sigma[0]), plan.run.model)
+        call = Call(level, int(self._denoiser.step))
+        before = changed = x.float() * factor
+        for patch in patches:
+            changed = patch.before_call(changed, call)
+        if changed is not before:
+            x.copy_(changed / factor)
+
     def _open_call(self, params: Any) -> None:
-        """Plan the run at its first call, and again after the network was swapped; then put the patches on."""
+        """Put the patches on."""
+        plan = self._current_plan()
+        if self._open is not None:
+            call = Call(self._adapter.call_sigma(params, plan.run.model), int(self._denoiser.step))
+            self._call.enter_context(self._open(call, params))
+
+    def _current_plan(self) -> Plan:
+        """Made at the run's first call, and again after the network was swapped."""
         network = self._adapter.unet_identity(self._p.sd_model)
         if self._plan is None or network is not self._network:
             self._begin_plan(network)
         assert self._plan is not None
-        if self._open is not None:
-            call = Call(self._adapter.call_sigma(params, self._plan.run.model), int(self._denoiser.step))
-            self._call.enter_context(self._open(call, params))
+        return self._plan
 
     def _begin_plan(self, network: Any) -> None:
         self._finish_plan()
@@ -161,6 +207,8 @@ class SamplingRun:
             latent=self._latent,
             sigmas=self._adapter.sigmas(self._p.sampler, self._arguments, model),
             seed=int(self._p.seeds[0]) if getattr(self._p, "seeds", None) else 0,
+            sampler=self._sampler,
+            start=self._start,
         )
 
     def _finish_plan(self) -> None:

@@ -87,9 +87,9 @@ def announce(p: Any) -> None:
         infotext.write(p.extra_generation_params, generation)
 
 
-def attach(p: Any) -> None:
+def attach(p: Any, x: Any = None, noise: Any = None) -> None:
     """Before every sampling run."""
-    host.attach(p, _generation(p))
+    host.attach(p, _generation(p), x, noise)
 
 
 def settle(p: Any) -> None:

@@ -21,8 +21,9 @@ from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
-from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run
-from lib_hires.sites import Predictions
+from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
+from lib_hires.samplers import Sampler
+from lib_hires.sites import NoisyLatent, Predictions
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
@@ -120,8 +121,9 @@ class Bench:
         clean = self.models.vae.encode(images)
         skipped = min(int(request.steps * (1 - denoise)), request.steps - 1)
         sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
-        x = clean + samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds) * sigmas[0]
-        return self._sample(request, x, sigmas, pass_name, generation, result)
+        noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
+        x = clean + noise * sigmas[0]
+        return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise))
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
@@ -133,7 +135,14 @@ class Bench:
         return self._image_pass(request, images, HIRES_PASS, request.hires_denoise, generation, result)
 
     def _sample(
-        self, request: Request, x: Tensor, sigmas: Tensor, pass_name: str, generation: Generation, result: Result
+        self,
+        request: Request,
+        x: Tensor,
+        sigmas: Tensor,
+        pass_name: str,
+        generation: Generation,
+        result: Result,
+        start: Start | None = None,
     ) -> Tensor:
         run = Run(
             host="bench",
@@ -142,6 +151,8 @@ class Bench:
             latent=(int(x.shape[-2]), int(x.shape[-1])),
             sigmas=samplers.planned_levels(request.sampler, sigmas),
             seed=request.seeds[0],
+            sampler=Sampler(samplers.SAMPLERS[request.sampler]),
+            start=start,
         )
         with _planned(run, generation, result) as plan:
             denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1)
@@ -167,6 +178,7 @@ class _Denoiser:
         self._bench = bench
         self._unet = HookedUnet(bench.models.unet, plan)
         self._pipeline = GuidancePipeline(plan)
+        self._latent_patches = plan.at(NoisyLatent)
         self._wrapper = wrapper
         self._scale = request.cfg_scale
         self._steps = steps
@@ -177,6 +189,11 @@ class _Denoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         call = Call(float(sigma[0]), self._step)
+        changed = x
+        for patch in self._latent_patches:
+            changed = patch.before_call(changed, call)
+        if changed is not x:
+            x.copy_(changed)  # the sampler goes on from it
         with self._unet.open(call):
             denoised = self._denoised(x, sigma, call)
         self._bench.after_call(self._step, self._steps)
