@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lib_hires.plan import Plan
+from lib_hires.run import FIRST_PASS, Run
 from lib_hires.settings import Settings
 
 
@@ -23,9 +25,20 @@ class Generation:
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
     rested: dict[str, str] = field(default_factory=dict)  # likewise
+    in_stage: Mapping[str, Settings] | None = None  # what is on in the stage of the hires pass that is running
+    stage: str = ""  # which one, for people
+    first: Run | None = None  # the last first pass
+    latent: Any = None  # what the last run returned
+
+    @property
+    def current(self) -> Mapping[str, Settings]:
+        """What is on in the next run."""
+        return self.selection if self.in_stage is None else self.in_stage
 
     def finish_run(self, plan: Plan) -> None:
         """Take over what one run did. Called at the end of every run, also of one that broke off."""
+        if plan.run.pass_name == FIRST_PASS:
+            self.first = plan.run
         self.acted |= {name for name, patch in plan.patches.items() if patch.fired}
         self.refused |= plan.refused
         self.rested |= plan.resting

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -39,7 +39,8 @@ class Plan:
         parts += [f"{title} rests: {reason}" for title, reason in self.resting.items()]
         parts += [f"{title} REFUSED: {reason}" for title, reason in self.refused.items()]
         height, width = self.run.latent
-        return f"[{self.run.pass_name}, {self.run.model.family}, latent {width}x{height}] " + "; ".join(parts)
+        where = ", ".join(filter(None, (self.run.pass_name, self.run.stage, self.run.model.family)))
+        return f"[{where}, latent {width}x{height}] " + "; ".join(parts)
 
     def unfired(self) -> list[str]:
         """Titles of techniques that were planned and never acted."""
@@ -50,18 +51,18 @@ def make_plan(selection: Selection, run: Run) -> Plan:
     """Begin every enabled technique for this run. Never raises: a technique that fails here is refused."""
     plan = Plan(run)
     for technique in TECHNIQUES:
-        if technique.name in selection:
-            _begin(technique, selection[technique.name], plan)
+        if technique.name in selection and technique.begin is not None:
+            _begin(technique, technique.begin, selection[technique.name], plan)
     return plan
 
 
-def _begin(technique: Technique, settings: Settings, plan: Plan) -> None:
+def _begin(technique: Technique, begin: Callable[..., Patch], settings: Settings, plan: Plan) -> None:
     try:
         _check_pass(settings, plan.run)
         problem = settings.problem()
         if problem:
             raise Refusal(problem)
-        patch = technique.begin(settings, plan.run)
+        patch = begin(settings, plan.run)
         if isinstance(patch, Guidance) and plan.run.model.no_guidance_reason:
             raise Refusal(f"{plan.run.model.no_guidance_reason}: switch {technique.title} off for this model")
         plan.patches[technique.name] = patch

@@ -55,6 +55,8 @@ class Run:
     seed: int = 0
     sampler: Sampler = field(default_factory=Sampler)
     start: Start | None = None
+    hires_follows: bool = False  # a first pass whose picture a hires pass goes on with
+    stage: str = ""  # which stage of a divided hires pass, for people: "stage 2 of 3"
 
     @property
     def sigma_first(self) -> float:

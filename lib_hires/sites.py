@@ -174,6 +174,13 @@ class NoisyLatent:
         return x
 
 
+class Ending:
+    """When a run ends before its last step; its result is then what the last call predicted (x0)."""
+
+    def ends_after(self, call: Call) -> bool:
+        raise NotImplementedError
+
+
 class PerturbedAttention:
     """One more prediction of cond, made with perturbed self-attention in some layers. One such patch per plan."""
 

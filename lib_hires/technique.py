@@ -65,7 +65,9 @@ class Technique:
     summary: str  # one sentence for a new user: what it does for the picture and when to use it
     source: str  # paper or reference
     settings: type[Settings]
-    begin: Callable[[Any, Run], Patch]
+    begin: Callable[[Any, Run], Patch] | None = None  # None: it does nothing inside a run
     presets: Mapping[str, Settings] = field(default_factory=dict)
     curve: Callable[[Any, Run], Curve] | None = None
+    # (settings, stages.HiresPass, stages.Stage list) -> such a list: divides a hires pass; raises `Rest`, `Refusal`
+    stages: Callable[[Any, Any, list[Any]], list[Any]] | None = None
     cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"

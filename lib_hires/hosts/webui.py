@@ -21,12 +21,19 @@ from lib_hires.plan import Plan, make_plan
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import NoisyLatent
+from lib_hires.sites import Ending, NoisyLatent
 
 log = logging.getLogger("hires_plus")
 
 _ORIGINAL = "hires_plus_original"
 _RUN = "hires_plus_run"
+
+
+class _Ended(Exception):
+    """A patch ended the run. Leaves the sampler through the denoiser and is caught where the run began."""
+
+    def __init__(self, latent: Any) -> None:
+        self.latent = latent
 
 
 class HostAdapter(Protocol):
@@ -78,8 +85,12 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
         # by name, however they came: some samplers take n or a range, and some callers pass sigmas by position
         arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments | kwargs
         told = Sampler(original.__name__, float(arguments.get("eta") or 0), float(arguments.get("s_churn") or 0))
-        with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments, told, start).active():
-            return original(model, x, *args, **kwargs)
+        try:
+            with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments, told, start).active():
+                generation.latent = original(model, x, *args, **kwargs)
+        except _Ended as ended:
+            generation.latent = ended.latent
+        return generation.latent
 
     setattr(run_sampler, _ORIGINAL, original)
     sampler.func = run_sampler
@@ -132,9 +143,11 @@ class SamplingRun:
         def forward(x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 self._guarded(lambda: self._change_latent(x, sigma))
-                return original_forward(x, sigma, *args, **kwargs)
+                out = original_forward(x, sigma, *args, **kwargs)
             finally:
                 self._call.close()
+            self._end(x, sigma, out)
+            return out
 
         with instance_attribute(self._denoiser, _RUN, self), instance_attribute(self._denoiser, "forward", forward):
             try:
@@ -159,7 +172,7 @@ class SamplingRun:
             self._broken = True
             self._call.close()
             log.exception("the techniques are off for the rest of this pass")
-            for name in self._generation.selection:
+            for name in self._generation.current:
                 self._generation.refused[BY_NAME[name].title] = f"internal error: {error}"
 
     def _change_latent(self, x: Any, sigma: Any) -> None:
@@ -175,6 +188,16 @@ class SamplingRun:
             changed = patch.before_call(changed, call)
         if changed is not before:
             x.copy_(changed / factor)
+
+    def _end(self, x: Any, sigma: Any, out: Any) -> None:
+        """Leave the sampler if a patch says so. What a denoiser returns is x0, or eps where it counts timesteps."""
+        patches = self._plan.at(Ending) if self._plan is not None and not self._broken else []
+        if not patches:
+            return
+        assert self._plan is not None
+        level, factor = self._adapter.latent_level(self._denoiser, float(sigma[0]), self._plan.run.model)
+        if any(patch.ends_after(Call(level, int(self._denoiser.step))) for patch in patches):
+            raise _Ended(out if factor == 1 else (x.float() * factor - level * out.float()).to(out.dtype))
 
     def _open_call(self, params: Any) -> None:
         """Put the patches on."""
@@ -194,7 +217,7 @@ class SamplingRun:
     def _begin_plan(self, network: Any) -> None:
         self._finish_plan()
         self._network = network
-        self._plan = make_plan(self._generation.selection, self._facts())
+        self._plan = make_plan(self._generation.current, self._facts())
         self._open = self._adapter.installation(self._p.sd_model, self._plan) if self._plan.patches else None
         log.info(self._plan.report())
 
@@ -209,6 +232,8 @@ class SamplingRun:
             seed=int(self._p.seeds[0]) if getattr(self._p, "seeds", None) else 0,
             sampler=self._sampler,
             start=self._start,
+            hires_follows=_pass_name(self._p) == FIRST_PASS and bool(self._p.enable_hr),
+            stage=self._generation.stage,
         )
 
     def _finish_plan(self) -> None:

@@ -16,6 +16,7 @@ from modules import script_callbacks, shared
 from lib_hires import TITLE
 from lib_hires.generation import Generation
 from lib_hires.hosts import webui as host
+from lib_hires.hosts.hires_stages import attach_stages
 from lib_hires.request import read_request
 from lib_hires.webui import axes, infotext, panel
 from lib_hires.webui.echo import make_repeatable
@@ -74,6 +75,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     if args:
         make_repeatable(args[0])
     generation = p.hires_plus = read_request(args, getattr(p, axes.ATTRIBUTE, None), STORE.all)
+    attach_stages(p, generation)
     infotext.write(p.extra_generation_params, generation)
     _tell(p, generation.notes)
     if generation.notes:

@@ -11,6 +11,11 @@ COMPONENTS = [(t, field) for t in TECHNIQUES for field in positional_fields(t)] 
 
 # Valid texts for each text parameter, as its grammar cannot be drawn from. A new one needs its line here.
 EXAMPLES = {
+    ("cascade", "factors"): ["2, 2", "1.5, 2", ""],
+    ("cascade", "denoise"): ["0.6", "0.6, 0.4"],
+    ("cascade", "steps"): ["20", "20, 12"],
+    ("cascade", "cfg_scale"): ["7.5", "7, 9"],
+    ("cascade", "changes"): ["deep_shrink.factor = 2, 4", "apg.eta = 0.5; deep_shrink.factor = 2, 4"],
     ("dilation", "layers"): ("m", "i6.down i7-8 m", "i10, i11, m"),
     ("deep_shrink", "more_stages"): ["6:2:0-0.2", "6:2:0-0.2; 3:1.5:0.2-0.5-0.7"],
     ("pag", "blocks"): ["u0.4", "m0, d2.2-9", "D1, u0"],

@@ -23,7 +23,9 @@ from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
 from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import NoisyLatent, Predictions
+from lib_hires.sites import Ending, NoisyLatent, Predictions
+from lib_hires.stage_plan import plan_stages, selection_of
+from lib_hires.stages import HiresPass, Stage
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
@@ -73,6 +75,13 @@ class Result:
         return (self.images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
+class _Ended(Exception):
+    """A patch ended the run with this latent."""
+
+    def __init__(self, latent: Tensor) -> None:
+        self.latent = latent
+
+
 class Interrupted(Exception):
     """Raised by a progress callback to stop; the bench's counterpart of a WebUI's Interrupt button."""
 
@@ -99,7 +108,8 @@ class Bench:
         if request.init_images is None:
             latents = self._text_pass(request, generation, result)
         else:
-            latents = self._image_pass(request, request.init_images, IMG2IMG_PASS, request.denoise, generation, result)
+            levels = self._image_levels(request)
+            latents = self._image_pass(request, request.init_images, IMG2IMG_PASS, levels, generation, result)
         if request.hires_scale > 1:
             latents = self._hires_pass(request, latents, generation, result)
         result.latents = latents
@@ -115,24 +125,53 @@ class Bench:
         return self._sample(request, x, sigmas, FIRST_PASS, generation, result)
 
     def _image_pass(
-        self, request: Request, images: Tensor, pass_name: str, denoise: float, generation: Generation, result: Result
+        self, request: Request, images: Tensor, pass_name: str, sigmas: Tensor, generation: Generation, result: Result
     ) -> Tensor:
-        """Noise the encoded pictures to where `denoise` of the steps are left, and sample from there."""
+        """Noise the encoded pictures to the first of these levels, and sample from there."""
         clean = self.models.vae.encode(images)
-        skipped = min(int(request.steps * (1 - denoise)), request.steps - 1)
-        sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
         noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
         x = clean + noise * sigmas[0]
         return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise))
+
+    def _image_levels(self, request: Request) -> Tensor:
+        """img2img: `denoise` of the steps are left."""
+        skipped = min(int(request.steps * (1 - request.denoise)), request.steps - 1)
+        return samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
+
+    def _hires_levels(self, request: Request, denoise: float) -> Tensor:
+        """Hires. fix: all steps, on the last part of a longer schedule."""
+        total = max(int(request.steps / max(min(denoise, 0.999), 1e-3)), request.steps)
+        return samplers.noise_levels(self._wrapper, request.schedule, total)[total - request.steps :]
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
             round(side * request.hires_scale / LATENT_FACTOR) * LATENT_FACTOR
             for side in (request.height, request.width)
         )
-        images = F.interpolate(self.models.vae.decode(latents), size=(height, width), mode="bicubic").clamp(0, 1)
-        request = replace(request, steps=request.hires_steps or request.steps)
-        return self._image_pass(request, images, HIRES_PASS, request.hires_denoise, generation, result)
+        asked = HiresPass(
+            (request.height, request.width), (height, width), generation.first, request.hires_steps or None
+        )
+        stages = plan_stages(generation, asked)
+        for number, stage in enumerate(stages):
+            generation.in_stage, _ = selection_of(stage, generation.selection)
+            generation.stage = f"stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
+            try:
+                latents = self._hires_stage(request, latents, stage, generation, result)
+            finally:
+                generation.in_stage, generation.stage = None, ""
+        return latents
+
+    def _hires_stage(
+        self, request: Request, latents: Tensor, stage: Stage, generation: Generation, result: Result
+    ) -> Tensor:
+        """From the latents of the stage before, through the picture, to those of this stage."""
+        images = F.interpolate(self.models.vae.decode(latents), size=stage.size, mode="bicubic").clamp(0, 1)
+        steps = stage.steps or request.hires_steps or request.steps
+        denoise = request.hires_denoise if stage.denoise is None else stage.denoise
+        cfg_scale = request.cfg_scale if stage.cfg_scale is None else stage.cfg_scale
+        request = replace(request, steps=steps, cfg_scale=cfg_scale)
+        levels = self._hires_levels(request, denoise)
+        return self._image_pass(request, images, HIRES_PASS, levels, generation, result)
 
     def _sample(
         self,
@@ -153,15 +192,20 @@ class Bench:
             seed=request.seeds[0],
             sampler=Sampler(samplers.SAMPLERS[request.sampler]),
             start=start,
+            hires_follows=pass_name == FIRST_PASS and request.hires_scale > 1,
+            stage=generation.stage,
         )
         with _planned(run, generation, result) as plan:
             denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1)
-            return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+            try:
+                return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+            except _Ended as ended:
+                return ended.latent
 
 
 @contextmanager
 def _planned(run: Run, generation: Generation, result: Result) -> Iterator[Plan]:
-    plan = make_plan(generation.selection, run)
+    plan = make_plan(generation.current, run)
     result.plans.append(plan)
     if generation.selection:
         log.info(plan.report())
@@ -179,6 +223,7 @@ class _Denoiser:
         self._unet = HookedUnet(bench.models.unet, plan)
         self._pipeline = GuidancePipeline(plan)
         self._latent_patches = plan.at(NoisyLatent)
+        self._ending = plan.at(Ending)
         self._wrapper = wrapper
         self._scale = request.cfg_scale
         self._steps = steps
@@ -197,6 +242,8 @@ class _Denoiser:
         with self._unet.open(call):
             denoised = self._denoised(x, sigma, call)
         self._bench.after_call(self._step, self._steps)
+        if any(patch.ends_after(call) for patch in self._ending):
+            raise _Ended(denoised)
         return denoised
 
     def _denoised(self, x: Tensor, sigma: Tensor, call: Call) -> Tensor:
