@@ -3,9 +3,9 @@
     ./dev guidance-speed
 
 Modifiers are timed by themselves (their share of an evaluation with cond and uncond is far below what two timings of
-it would differ by), those of the hires pass with a reference; PAG as rows of the same evaluation and as an evaluation of
-its own; TCFG's closed form beside the singular value decomposition that it replaces. Times are minima over interleaved
-repeats on one thread.
+it would differ by), those of the hires pass with a reference; PAG as rows of the same evaluation and as an evaluation
+of its own; TCFG's closed form beside the singular value decomposition that it replaces. Times are minima over
+interleaved repeats on one thread.
 """
 
 from __future__ import annotations
