@@ -10,7 +10,7 @@ from __future__ import annotations
 from lib_hires.technique import Technique
 from lib_hires.techniques.attention import near_sighted_attention, near_sighted_tile, scale_fusion, slothful
 from lib_hires.techniques.guidance import apg, cfg_norm, fresca, mahiro, pag, renorm_cfg, rescale_cfg, sag, tcfg
-from lib_hires.techniques.hires import cascade, relay
+from lib_hires.techniques.hires import cascade, iterative_mixing, low_band_lock, relay
 from lib_hires.techniques.unet import deep_shrink, dilation, freeu
 
 TECHNIQUES: tuple[Technique, ...] = (
@@ -30,6 +30,8 @@ TECHNIQUES: tuple[Technique, ...] = (
     near_sighted_tile.TECHNIQUE,
     near_sighted_attention.TECHNIQUE,
     slothful.TECHNIQUE,
+    iterative_mixing.TECHNIQUE,
+    low_band_lock.TECHNIQUE,
     cascade.TECHNIQUE,
     relay.TECHNIQUE,
 )

@@ -4,6 +4,7 @@
 ./dev bench --rows sizes --pictures 100      the published table of sizes
 ./dev bench --rows guidance --pictures 40    every guidance technique at low, normal and burning CFG
 ./dev bench --rows unet --pictures 40        every technique that acts in the UNet, above native size
+./dev bench --rows hires --pictures 100      a second pass at twice the size: what it keeps, draws and adds
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from tqdm import tqdm
 from lib_hires.generation import Generation
 from lib_hires.hosts.bench.contact_sheet import contact_sheet
 from lib_hires.hosts.bench.counter import count_objects, wilson_interval
+from lib_hires.hosts.bench.hires_metrics import (
+    cross_scale_psnr,
+    high_band_ratio,
+    radial_spectrum,
+    shown_attributes,
+    spectrum_distance,
+    true_spectrum,
+)
 from lib_hires.hosts.bench.model import NATIVE_SIZE, load_models
 from lib_hires.hosts.bench.pipeline import Bench, Request
 from lib_hires.hosts.bench.scenes import CAPTIONS
 from lib_hires.registry import BY_NAME, TECHNIQUES
+from lib_hires.settings import HIRES
 
 BATCH = 4
 
@@ -42,6 +52,8 @@ class Row:
     presets: tuple[tuple[str, str], ...] = ()  # (technique, preset)
     cfg_scale: float | None = None  # None: that of the command line
     changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # by technique
+    hires_scale: float = 1.0  # above 1: a first pass at the size divided by it, then a hires pass at the size
+    hires_denoise: float = 1.0
 
     def generation(self) -> Generation:
         presets = {name: BY_NAME[name].presets[preset] for name, preset in self.presets}
@@ -85,6 +97,25 @@ UNET_ROWS: dict[str, Row] = {
 }
 # beside what they are to be better than
 UNET_GROUP = ("native", "naive", "composition", *UNET_ROWS)
+
+
+def _hires(title: str, denoise: float, *presets: tuple[str, str], **changes: Mapping[str, object]) -> Row:
+    only_there = {name: {"passes": HIRES} | dict(changes.get(name, {})) for name, _ in presets}
+    return Row(title, 2 * _N, 2 * _N, presets, changes=only_there, hires_scale=2.0, hires_denoise=denoise)
+
+
+_MIXING = ("iterative_mixing", "FreeScale")
+_LOCK = ("low_band_lock", "Default")
+HIRES_ROWS: dict[str, Row] = {
+    "hires-fix": _hires("hires fix, denoise 0.7", 0.7),
+    "mixing-0.5": _hires("iterative mixing, alpha 0.5", 1.0, _MIXING, iterative_mixing={"alpha": 0.5}),
+    "mixing-1": _hires("iterative mixing, alpha 1", 1.0, _MIXING, iterative_mixing={"alpha": 1.0}),
+    "mixing-3": _hires("iterative mixing, alpha 3", 1.0, _MIXING, iterative_mixing={"alpha": 3.0}),
+    "lock": _hires("low-band lock, denoise 0.7", 0.7, _LOCK),
+    "freescale": _hires("FreeScale, denoise 0.7", 0.7, _MIXING, _DILATION, _FUSION),
+}
+# the first is where every hires pass begins, the second what sampling at the size costs
+HIRES_GROUP = ("native", "naive", *HIRES_ROWS)
 GUIDANCE = tuple(technique for technique in TECHNIQUES if technique.family == "Guidance")
 CFG_SCALES = (4.0, 7.5, 15.0)  # low, normal, burning
 
@@ -98,9 +129,9 @@ def _guidance_rows(cfg_scale: float) -> Iterator[tuple[str, Row]]:
 
 
 GUIDANCE_ROWS = {name: row for cfg_scale in CFG_SCALES for name, row in _guidance_rows(cfg_scale)}
-ROWS = SIZE_ROWS | UNET_ROWS | GUIDANCE_ROWS
+ROWS = SIZE_ROWS | UNET_ROWS | HIRES_ROWS | GUIDANCE_ROWS
 GUIDANCE_ROWS_HELP = "a guidance technique and a CFG scale (pag-7.5, cfg-15)"
-GROUPS = {"sizes": tuple(SIZE_ROWS), "unet": UNET_GROUP, "guidance": tuple(GUIDANCE_ROWS)}
+GROUPS = {"sizes": tuple(SIZE_ROWS), "unet": UNET_GROUP, "hires": HIRES_GROUP, "guidance": tuple(GUIDANCE_ROWS)}
 DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
 
 
@@ -112,6 +143,7 @@ class Outcome:
     counts: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
     unet_calls: int = 0
+    unet_cells: int = 0
 
     @property
     def errors(self) -> int:
@@ -156,20 +188,22 @@ def _load(weights: str) -> None:
     _bench = Bench(load_models(weights))
 
 
-def _draw(task: Task) -> tuple[Task, np.ndarray, float, int]:
+def _draw(task: Task) -> tuple[Task, np.ndarray, float, int, int]:
     assert _bench is not None
-    row = ROWS[task.row]
+    row, cells_before = ROWS[task.row], _bench.unet_cells
     request = Request(
         prompts=tuple(prompt(index) for index in task.indices),
         seeds=task.indices,
-        width=row.width,
-        height=row.height,
+        width=round(row.width / row.hires_scale),
+        height=round(row.height / row.hires_scale),
         steps=task.steps,
         cfg_scale=task.cfg_scale if row.cfg_scale is None else row.cfg_scale,
         sampler=task.sampler,
+        hires_scale=row.hires_scale,
+        hires_denoise=row.hires_denoise,
     )
     result = _bench.generate(request, row.generation())
-    return task, result.pictures, result.seconds, result.unet_calls
+    return task, result.pictures, result.seconds, result.unet_calls, _bench.unet_cells - cells_before
 
 
 def draw_rows(rows: Sequence[str], options: argparse.Namespace) -> dict[str, Outcome]:
@@ -181,10 +215,11 @@ def draw_rows(rows: Sequence[str], options: argparse.Namespace) -> dict[str, Out
     total = len(rows) * options.pictures
     with pool, tqdm(total=total, unit="picture", smoothing=0) as bar:
         for done in as_completed([pool.submit(_draw, task) for task in tasks]):
-            task, pictures, seconds, calls = done.result()
+            task, pictures, seconds, calls, cells = done.result()
             outcome = outcomes[task.row]
             outcome.seconds += seconds
             outcome.unet_calls += calls * len(task.indices)
+            outcome.unet_cells += cells
             for index, picture in zip(task.indices, pictures, strict=True):
                 outcome.pictures[index] = picture
                 outcome.counts[index] = count_objects(picture, _colour(index)).count
@@ -193,8 +228,14 @@ def draw_rows(rows: Sequence[str], options: argparse.Namespace) -> dict[str, Out
     return outcomes
 
 
+def _attributes(index: int) -> tuple[str, str]:
+    """(shape, colour) of the captioned object."""
+    colour, shape = prompt(index).split()[-2:]
+    return shape, colour
+
+
 def _colour(index: int) -> str:
-    return prompt(index).split()[-2]
+    return _attributes(index)[1]
 
 
 def _tasks(rows: Sequence[str], options: argparse.Namespace) -> Iterator[Task]:
@@ -223,7 +264,51 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines)
 
 
+def against_small(outcome: Outcome, row: Row, small: Outcome, direct: Outcome | None) -> dict[str, float]:
+    """What a large row shows beside the `small` pictures of the same prompts and seeds, and true renders of its size.
+
+    Work is in cells that the UNet saw, against sampling directly at the size; attention makes large maps dearer still.
+    """
+    pictures, n = outcome.pictures, len(outcome.pictures)
+    right = [index for index in pictures if small.counts[index] == 1]
+    true = true_spectrum(tuple(_attributes(index) for index in sorted(pictures)), row.height, row.width)
+    spectrum = radial_spectrum(pictures.values())
+    return {
+        "errors_from_right": sum(outcome.counts[index] != 1 for index in right),
+        "right_before": len(right),
+        "attributes": sum(shown_attributes(p) == _attributes(index) for index, p in pictures.items()) / n,
+        "psnr": float(np.median([cross_scale_psnr(p, small.pictures[index]) for index, p in pictures.items()])),
+        "spectrum": spectrum_distance(spectrum, true),
+        "high_band": high_band_ratio(spectrum, true),
+        "work": outcome.unet_cells / direct.unet_cells if direct else float("nan"),
+    }
+
+
+def hires_numbers(outcomes: dict[str, Outcome]) -> dict[str, dict[str, float]]:
+    """`against_small` of every larger row, by name; none where the native pictures were not drawn."""
+    small, direct = outcomes.get("native"), outcomes.get("naive")
+    if small is None or not any(ROWS[name].hires_scale > 1 for name in outcomes):
+        return {}
+    large = {name: outcome for name, outcome in outcomes.items() if ROWS[name].width * ROWS[name].height > _N * _N}
+    return {name: against_small(outcome, ROWS[name], small, direct) for name, outcome in large.items()}
+
+
+def hires_table(outcomes: dict[str, Outcome]) -> str:
+    """`hires_numbers` as text: errors where the small picture was right with Wilson 95 % intervals, and the rest."""
+    head = f"{'':34} {'wrong, right before':>19}  {'95 % interval':14} {'shape+colour':>12} {'PSNR to small':>13} "
+    lines = [head + f"{'spectrum':>8} {'high band':>9} {'work':>5}"]
+    for name, n in hires_numbers(outcomes).items():
+        errors, right = int(n["errors_from_right"]), int(n["right_before"])
+        low, high = wilson_interval(errors, right)
+        lines.append(
+            f"{ROWS[name].title:34} {f'{errors}/{right}':>19}  {f'{low:.1%} - {high:.1%}':14} {n['attributes']:12.1%} "
+            f"{n['psnr']:10.1f} dB {n['spectrum']:5.1f} dB {n['high_band']:9.2f} {n['work']:5.2f}"
+        )
+    return "\n".join(lines)
+
+
 def as_json(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
+    hires = hires_numbers(outcomes)
     rows = {
         name: {
             "title": ROWS[name].title,
@@ -239,6 +324,9 @@ def as_json(outcomes: dict[str, Outcome], options: argparse.Namespace) -> str:
             "counts": [outcome.counts[index] for index in sorted(outcome.counts)],
             "seconds_per_picture": outcome.seconds / len(outcome.counts),
             "unet_calls_per_picture": outcome.unet_calls / len(outcome.counts),
+            "hires_scale": ROWS[name].hires_scale,
+            "hires_denoise": ROWS[name].hires_denoise,
+            "hires": hires.get(name),
         }
         for name, outcome in outcomes.items()
     }
@@ -251,7 +339,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
-    known = f"{', '.join(SIZE_ROWS | UNET_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
+    known = f"{', '.join(SIZE_ROWS | UNET_ROWS | HIRES_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {known}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg-scale", type=float, default=3.0)
@@ -275,6 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     outcomes = draw_rows(options.rows, options)
     print(table(outcomes))
+    if hires_numbers(outcomes):
+        print("\n" + hires_table(outcomes))
     options.out.mkdir(parents=True, exist_ok=True)
     sheet = options.out / "contact_sheet.png"
     shown = range(min(8, options.pictures))

@@ -3,8 +3,9 @@
     ./dev guidance-speed
 
 Modifiers are timed by themselves (their share of an evaluation with cond and uncond is far below what two timings of
-it would differ by); PAG as rows of the same evaluation and as an evaluation of its own; TCFG's closed form beside
-the singular value decomposition that it replaces. Times are minima over interleaved repeats on one thread.
+it would differ by), those of the hires pass with a reference; PAG as rows of the same evaluation and as an evaluation
+of its own; TCFG's closed form beside the singular value decomposition that it replaces. Times are minima over
+interleaved repeats on one thread.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
 from lib_hires.registry import BY_NAME, TECHNIQUES
-from lib_hires.run import COND, EPS, FIRST_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run
-from lib_hires.sites import PerturbedAttention, Predictions, RecordedAttention
+from lib_hires.run import COND, EPS, HIRES_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
+from lib_hires.samplers import Sampler
+from lib_hires.sites import NoisyLatent, PerturbedAttention, Predictions, RecordedAttention
 from lib_hires.techniques.guidance.tcfg import damped_uncond
 from lib_hires.topology import unet_topology
 
@@ -33,6 +36,15 @@ WIDTH_64 = UNET_CONFIG | {"model_channels": 64, "channel_mult": [1, 2, 4, 4], "n
 LATENT = (64, 64)
 SIGMA = 2.0
 SCHEDULE = NoiseSchedule.scaled_linear()
+# what the techniques of the hires pass cost in their several forms, each acting at SIGMA
+HIRES_CASES: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "mixing, noisy latent": ("iterative_mixing", {"space": "Latent"}),
+    "mixing, denoised": ("iterative_mixing", {"space": "Denoised"}),
+    "mixing, detail map": ("iterative_mixing", {"space": "Latent", "detail": "Automatic"}),
+    "mixing, slerp": ("iterative_mixing", {"space": "Latent", "function": "Slerp"}),
+    "low-band lock, Haar": ("low_band_lock", {"end": 1.0}),
+    "low-band lock, Gaussian": ("low_band_lock", {"end": 1.0, "filter": "Gaussian"}),
+}
 
 
 def fastest(variants: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -57,10 +69,12 @@ class Setup:
         self.x = torch.randn(1, 4, *LATENT)
         self.context = torch.randn(3, 77, self.unet.input_blocks[1][1].transformer_blocks[0].attn2.to_k.in_features)
 
-    def plan(self, name: str) -> Plan:
+    def plan(self, name: str, **changes: object) -> Plan:
         facts = ModelFacts("SD 1.x (bench)", LATENT, SCHEDULE, unet_topology(self.unet), prediction=EPS)
         levels = tuple(SCHEDULE.sigma(999 * (1 - i / 20)) for i in range(20))
-        return make_plan({name: BY_NAME[name].settings()}, Run("bench", FIRST_PASS, facts, LATENT, levels))
+        start = Start(torch.randn_like(self.x), torch.randn_like(self.x))
+        run = Run("bench", HIRES_PASS, facts, LATENT, levels, sampler=Sampler("sample_euler"), start=start)
+        return make_plan({name: replace(BY_NAME[name].settings(), **changes)}, run)
 
     def evaluate(self, kinds: tuple[str, ...], unet: HookedUnet | None = None) -> Tensor:
         rows = len(kinds)
@@ -71,9 +85,10 @@ class Setup:
         with unet.open(call):
             return self.unet(x, t, context=context)
 
-    def modifier(self, name: str) -> Callable[[], Tensor]:
-        """The guidance pipeline with one technique, on predictions at unit scale."""
-        pipeline = GuidancePipeline(self.plan(name))
+    def modifier(self, name: str, **changes: object) -> Callable[[], Tensor]:
+        """One technique at the noisy latent and in the guidance pipeline, on predictions at unit scale."""
+        plan = self.plan(name, **changes)
+        pipeline, latent_patches = GuidancePipeline(plan), plan.at(NoisyLatent)
         cond, uncond = torch.randn_like(self.x), torch.randn_like(self.x)
         call = Call(SIGMA, 0)
         raw = Predictions(self.x * SIGMA, cond, uncond, 7.0, call, None, lambda x, kind: x)
@@ -81,7 +96,14 @@ class Setup:
         def mix(cond: Tensor, uncond: Tensor) -> Tensor:
             return uncond + 7.0 * (cond - uncond)
 
-        return lambda: pipeline.guide(raw, mix(cond, uncond), mix)
+        def act() -> Tensor:
+            for patch in latent_patches:
+                patch.before_call(raw.x, call)
+            return pipeline.guide(raw, mix(cond, uncond), mix)
+
+        act()
+        assert plan.patches and not plan.unfired(), f"{name} does not act: {plan.report()}"
+        return act
 
 
 def print_modifiers(setup: Setup, repeats: int) -> None:
@@ -93,12 +115,13 @@ def print_modifiers(setup: Setup, repeats: int) -> None:
             isinstance(p, PerturbedAttention | RecordedAttention) for p in setup.plan(technique.name).patches.values()
         )
     ]
-    variants: dict[str, Callable[[], object]] = {name: setup.modifier(name) for name in names}
+    variants: dict[str, Callable[[], object]] = {BY_NAME[name].title: setup.modifier(name) for name in names}
+    variants |= {title: setup.modifier(name, **changes) for title, (name, changes) in HIRES_CASES.items()}
     times = fastest(variants, 20 * repeats)
     whole = fastest({"evaluation": lambda: setup.evaluate((COND, UNCOND))}, repeats)["evaluation"]
     print(f"one evaluation, cond and uncond, latent {LATENT[1]}x{LATENT[0]}, width 64: {whole:.3f} s")
     for name, seconds in times.items():
-        print(f"  {BY_NAME[name].title:12} {seconds * 1e3:7.3f} ms  {seconds / whole:7.3%} of it")
+        print(f"  {name:24} {seconds * 1e3:7.3f} ms  {seconds / whole:7.3%} of it")
 
 
 def print_perturbed(setup: Setup, repeats: int) -> None:

@@ -94,6 +94,7 @@ class Bench:
         self.models = models
         self.after_call = after_call
         self.unet_calls = 0
+        self.unet_cells = 0  # latent cells of all rows of all calls: what they cost, about
         self._wrapper = samplers.import_k_diffusion().external.CompVisDenoiser(_Eps(self, models.alphas_cumprod))
         native = models.native_size // LATENT_FACTOR
         schedule = NoiseSchedule.from_alphas_cumprod(models.alphas_cumprod.tolist())
@@ -285,4 +286,5 @@ class _Eps:
 
     def apply_model(self, x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
         self._bench.unet_calls += 1
+        self._bench.unet_cells += x.shape[0] * x.shape[-2] * x.shape[-1]
         return self._bench.models.unet(x, timestep, context=cond)
