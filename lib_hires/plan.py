@@ -32,6 +32,11 @@ class Plan:
         """The patches that act at a site, in order."""
         return [patch for patch in self.patches.values() if isinstance(patch, site)]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody was asked to act in this run (a cascade divides the pass and has nothing to do inside)."""
+        return not (self.patches or self.refused or self.resting)
+
     def report(self) -> str:
         """One log line: what is applied, with resolved noise levels and blocks, and what is not and why."""
         titles = {technique.name: technique.title for technique in TECHNIQUES}

@@ -219,7 +219,8 @@ class SamplingRun:
         self._network = network
         self._plan = make_plan(self._generation.current, self._facts())
         self._open = self._adapter.installation(self._p.sd_model, self._plan) if self._plan.patches else None
-        log.info(self._plan.report())
+        if not self._plan.is_empty:
+            log.info(self._plan.report())
 
     def _facts(self) -> Run:
         model = self._adapter.model_facts(self._p.sd_model)
