@@ -23,9 +23,11 @@ class Generation:
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
     rested: dict[str, str] = field(default_factory=dict)  # likewise
+    warned: dict[str, str] = field(default_factory=dict)  # technique title: what may spoil the picture
 
     def finish_run(self, plan: Plan) -> None:
         """Take over what one run did. Called at the end of every run, also of one that broke off."""
         self.acted |= {name for name, patch in plan.patches.items() if patch.fired}
         self.refused |= plan.refused
         self.rested |= plan.resting
+        self.warned |= plan.warnings()

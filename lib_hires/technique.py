@@ -43,6 +43,10 @@ class Patch:
         """What was resolved, for the log line: blocks and noise levels."""
         return ""
 
+    def warning(self) -> str:
+        """What may spoil the picture though it was done as asked; empty where nothing may."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -68,4 +72,5 @@ class Technique:
     begin: Callable[[Any, Run], Patch]
     presets: Mapping[str, Settings] = field(default_factory=dict)
     curve: Callable[[Any, Run], Curve] | None = None
+    schedules: bool = False  # its patch is a `Schedule`: it begins before the sampler has its noise levels
     cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"

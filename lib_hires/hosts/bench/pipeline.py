@@ -19,11 +19,24 @@ from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import HookedUnet
+from lib_hires.model_sampling import ScheduledDenoiser
 from lib_hires.noise import NoiseSchedule
-from lib_hires.plan import Plan, make_plan
-from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
+from lib_hires.plan import Plan, make_plan, prepare_plan, schedules
+from lib_hires.run import (
+    COND,
+    FIRST_PASS,
+    HIRES_PASS,
+    IMG2IMG_PASS,
+    PERTURBED,
+    UNCOND,
+    Call,
+    ModelFacts,
+    Run,
+    Size,
+    Start,
+)
 from lib_hires.samplers import Sampler
-from lib_hires.sites import NoisyLatent, Predictions
+from lib_hires.sites import NoisyLatent, Predictions, Schedule
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
@@ -109,10 +122,11 @@ class Bench:
         return result
 
     def _text_pass(self, request: Request, generation: Generation, result: Result) -> Tensor:
-        size = (4, request.height // LATENT_FACTOR, request.width // LATENT_FACTOR)
-        sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)
-        x = samplers.seeded_noise(size, request.seeds) * sigmas[0]
-        return self._sample(request, x, sigmas, FIRST_PASS, generation, result)
+        height, width = request.height // LATENT_FACTOR, request.width // LATENT_FACTOR
+        scheduled = self._scheduled(request, FIRST_PASS, (height, width), generation)
+        sigmas = samplers.noise_levels(scheduled.wrapper, request.schedule, request.steps)
+        x = samplers.seeded_noise((4, height, width), request.seeds) * sigmas[0]
+        return self._sample(request, x, sigmas, scheduled, generation, result)
 
     def _image_pass(
         self, request: Request, images: Tensor, pass_name: str, denoise: float, generation: Generation, result: Result
@@ -120,10 +134,12 @@ class Bench:
         """Noise the encoded pictures to where `denoise` of the steps are left, and sample from there."""
         clean = self.models.vae.encode(images)
         skipped = min(int(request.steps * (1 - denoise)), request.steps - 1)
-        sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
+        size = (int(clean.shape[-2]), int(clean.shape[-1]))
+        scheduled = self._scheduled(request, pass_name, size, generation)
+        sigmas = samplers.noise_levels(scheduled.wrapper, request.schedule, request.steps)[skipped:]
         noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
         x = clean + noise * sigmas[0]
-        return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise))
+        return self._sample(request, x, sigmas, scheduled, generation, result, Start(clean, noise))
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
@@ -139,29 +155,57 @@ class Bench:
         request: Request,
         x: Tensor,
         sigmas: Tensor,
-        pass_name: str,
+        scheduled: _Scheduled,
         generation: Generation,
         result: Result,
         start: Start | None = None,
     ) -> Tensor:
+        run = replace(
+            scheduled.run,
+            model=scheduled.model,
+            sigmas=samplers.planned_levels(request.sampler, sigmas),
+            start=start,
+        )
+        with _planned(run, generation, result, scheduled.plan) as plan:
+            denoiser = _Denoiser(self, request, plan, scheduled.wrapper, len(sigmas) - 1)
+            return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+
+    def _scheduled(self, request: Request, pass_name: str, latent: Size, generation: Generation) -> _Scheduled:
+        """What a pass is sampled with, decided before its noise levels are made."""
+        levels = self._facts.schedule.sigmas
         run = Run(
             host="bench",
             pass_name=pass_name,
             model=self._facts,
-            latent=(int(x.shape[-2]), int(x.shape[-1])),
-            sigmas=samplers.planned_levels(request.sampler, sigmas),
+            latent=latent,
+            sigmas=(float(levels[-1]), float(levels[0])),
             seed=request.seeds[0],
             sampler=Sampler(samplers.SAMPLERS[request.sampler]),
-            start=start,
         )
-        with _planned(run, generation, result) as plan:
-            denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1)
-            return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+        if not schedules(generation.selection):
+            return _Scheduled(run, self._facts, self._wrapper, None)
+        plan = prepare_plan(generation.selection, run)
+        model, wrapper = self._facts, self._wrapper
+        for patch in plan.at(Schedule):
+            sampling = patch.model_sampling()
+            model = replace(self._facts, prediction=sampling.prediction, schedule=sampling.schedule)
+            wrapper = ScheduledDenoiser(self._wrapper.inner_model, sampling)
+        return _Scheduled(run, model, wrapper, plan)
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    """A pass that is about to be sampled: its facts, the model as it is sampled, and what has been decided."""
+
+    run: Run
+    model: ModelFacts
+    wrapper: Any
+    plan: Plan | None
 
 
 @contextmanager
-def _planned(run: Run, generation: Generation, result: Result) -> Iterator[Plan]:
-    plan = make_plan(generation.selection, run)
+def _planned(run: Run, generation: Generation, result: Result, prepared: Plan | None) -> Iterator[Plan]:
+    plan = make_plan(generation.selection, run, prepared)
     result.plans.append(plan)
     if generation.selection:
         log.info(plan.report())
