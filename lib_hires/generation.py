@@ -25,6 +25,7 @@ class Generation:
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
     rested: dict[str, str] = field(default_factory=dict)  # likewise
+    warned: dict[str, str] = field(default_factory=dict)  # technique title: what may spoil the picture
     in_stage: Mapping[str, Settings] | None = None  # what is on in the stage of the hires pass that is running
     stage: str = ""  # which one, for people
     first: Run | None = None  # the last first pass
@@ -42,3 +43,4 @@ class Generation:
         self.acted |= {name for name, patch in plan.patches.items() if patch.fired}
         self.refused |= plan.refused
         self.rested |= plan.resting
+        self.warned |= plan.warnings()

@@ -41,24 +41,59 @@ class Plan:
         """One log line: what is applied, with resolved noise levels and blocks, and what is not and why."""
         titles = {technique.name: technique.title for technique in TECHNIQUES}
         parts = [f"{titles[name]}: {patch.describe()}" for name, patch in self.patches.items()]
+        parts += [f"{title} WARNING: {warning}" for title, warning in self.warnings().items()]
         parts += [f"{title} rests: {reason}" for title, reason in self.resting.items()]
         parts += [f"{title} REFUSED: {reason}" for title, reason in self.refused.items()]
         height, width = self.run.latent
         where = ", ".join(filter(None, (self.run.pass_name, self.run.stage, self.run.model.family)))
         return f"[{where}, latent {width}x{height}] " + "; ".join(parts)
 
+    def warnings(self) -> dict[str, str]:
+        """What may spoil the picture, by title."""
+        titles = {technique.name: technique.title for technique in TECHNIQUES}
+        return {titles[name]: patch.warning() for name, patch in self.patches.items() if patch.warning()}
+
     def unfired(self) -> list[str]:
         """Titles of techniques that were planned and never acted."""
         return [t.title for t in TECHNIQUES if t.name in self.patches and not self.patches[t.name].fired]
 
 
-def make_plan(selection: Selection, run: Run) -> Plan:
-    """Begin every enabled technique for this run. Never raises: a technique that fails here is refused."""
+def make_plan(selection: Selection, run: Run, prepared: Plan | None = None) -> Plan:
+    """Begin every enabled technique for this run. Never raises: a technique that fails here is refused.
+
+    `prepared` is what `prepare_plan` made of the techniques of the schedule, which act already.
+    """
     plan = Plan(run)
     for technique in TECHNIQUES:
-        if technique.name in selection and technique.begin is not None:
+        if technique.name not in selection or technique.begin is None:
+            continue
+        if technique.schedules and prepared is not None:
+            _take_over(technique, prepared, plan)
+        else:
             _begin(technique, technique.begin, selection[technique.name], plan)
     return plan
+
+
+def prepare_plan(selection: Selection, run: Run) -> Plan:
+    """Begin the enabled techniques that change the schedule; the run has the model's own range of noise levels."""
+    plan = Plan(run)
+    for technique in TECHNIQUES:
+        if technique.schedules and technique.name in selection and technique.begin is not None:
+            _begin(technique, technique.begin, selection[technique.name], plan)
+    return plan
+
+
+def schedules(selection: Selection) -> bool:
+    """Whether anything enabled changes the schedule."""
+    return any(technique.schedules for technique in TECHNIQUES if technique.name in selection)
+
+
+def _take_over(technique: Technique, prepared: Plan, plan: Plan) -> None:
+    if technique.name in prepared.patches:
+        plan.patches[technique.name] = prepared.patches[technique.name]
+    for told, known in ((plan.refused, prepared.refused), (plan.resting, prepared.resting)):
+        if technique.title in known:
+            told[technique.title] = known[technique.title]
 
 
 def _begin(technique: Technique, begin: Callable[..., Patch], settings: Settings, plan: Plan) -> None:

@@ -14,6 +14,7 @@ Size = tuple[int, int]  # (height, width)
 
 FIRST_PASS, HIRES_PASS, IMG2IMG_PASS = "first pass", "hires pass", "img2img"
 EPS, V, FLOW = "eps", "v", "flow"  # what a model predicts; flow: x = (1 - sigma) x0 + sigma noise
+X0, LCM, IMG_TO_IMG = "x0", "lcm", "img_to_img"  # what a user can say of a model whose host cannot tell
 COND, UNCOND, PERTURBED = "cond", "uncond", "perturbed"  # what one batch row of a UNet evaluation predicts
 
 
@@ -28,6 +29,7 @@ class ModelFacts:
     no_unet_reason: str = "this model is not a UNet"
     prediction: str = EPS
     no_guidance_reason: str = ""  # why the combination of cond and uncond is out of reach; empty: it is not
+    trained_schedule: NoiseSchedule | None = None  # where the host has rescaled the table to zero terminal SNR: before
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Run:
     """One sampling run of one pass. Immutable.
 
     `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
-    them; adaptive samplers give only their range. `start` is None where the pass begins from noise alone.
+    them; adaptive samplers give only their range, and while a run is prepared they are the model's range. `start` is
+    None where the pass begins from noise alone.
     """
 
     host: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lib_hires.model_sampling import ModelSampling
 from lib_hires.run import Call, Size
 from lib_hires.topology import AttentionLayer, ConvLayer
 
@@ -162,6 +163,17 @@ class SelfAttention:
         `inner` is the next attention. It takes any rows and any number of tokens, such as windows folded into rows.
         """
         return inner(q, k, v)
+
+
+class Schedule:
+    """What the model's output means, and the noise levels that it is asked at, for a whole pass.
+
+    Such a patch begins before the sampler has its noise levels, so it sees a run that has the model's range only. Hosts
+    put what it says into force until the sampler returns; windows and guidance of all techniques go by it.
+    """
+
+    def model_sampling(self) -> ModelSampling:
+        raise NotImplementedError
 
 
 class NoisyLatent:

@@ -43,6 +43,10 @@ class Patch:
         """What was resolved, for the log line: blocks and noise levels."""
         return ""
 
+    def warning(self) -> str:
+        """What may spoil the picture though it was done as asked; empty where nothing may."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -70,4 +74,5 @@ class Technique:
     curve: Callable[[Any, Run], Curve] | None = None
     # (settings, stages.HiresPass, stages.Stage list) -> such a list: divides a hires pass; raises `Rest`, `Refusal`
     stages: Callable[[Any, Any, list[Any]], list[Any]] | None = None
+    schedules: bool = False  # its patch is a `Schedule`: it begins before the sampler has its noise levels
     cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"

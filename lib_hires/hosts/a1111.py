@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
+from lib_hires.hosts.a1111_schedule import counts_timesteps, scheduled, start_latent
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.webui import native_size, planned_sigmas
+from lib_hires.model_sampling import ModelSampling
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
 from lib_hires.run import EPS, FLOW, Call, ModelFacts, V
@@ -35,6 +37,7 @@ class A1111:
             reason,
             prediction=_prediction(sd_model),
             no_guidance_reason="this InstructPix2Pix model mixes three predictions" if edits else "",
+            trained_schedule=_trained_schedule(sd_model),
         )
 
     def unet_identity(self, sd_model: Any) -> Any:
@@ -42,10 +45,10 @@ class A1111:
 
     def call_sigma(self, params: Any, facts: ModelFacts) -> float:
         level = float(params.sigma[0])
-        return facts.schedule.sigma(level) if _counts_timesteps(params.denoiser) else level
+        return facts.schedule.sigma(level) if counts_timesteps(params.denoiser) else level
 
     def latent_level(self, denoiser: Any, level: float, facts: ModelFacts) -> tuple[float, float]:
-        if not _counts_timesteps(denoiser):
+        if not counts_timesteps(denoiser):
             return level, 1.0
         sigma = facts.schedule.sigma(level)
         return sigma, (1 + sigma**2) ** 0.5
@@ -62,12 +65,18 @@ class A1111:
             with ExitStack() as stack:
                 stack.enter_context(unet.open(call))
                 if pipeline:
-                    space = EpsSpace(call.sigma) if _counts_timesteps(params.denoiser) else DenoisedSpace()
+                    space = EpsSpace(call.sigma) if counts_timesteps(params.denoiser) else DenoisedSpace()
                     guided = GuidedCall(pipeline, params, call, space, _may_skip_uncond(params.denoiser))
                     stack.enter_context(guided.open(network))
                 yield
 
         return open_call
+
+    def scheduled(self, p: Any, sampling: ModelSampling) -> AbstractContextManager[None]:
+        return scheduled(p.sampler, p.sd_model, sampling)
+
+    def start_latent(self, p: Any, steps: int | None, x: Any, noise: Any, sampling: ModelSampling) -> Any:
+        return start_latent(p, steps, x, noise, sampling)
 
 
 ADAPTER = A1111()
@@ -98,11 +107,12 @@ def _family(sd_model: Any) -> tuple[str, int]:
     return "SD 1.x", 64
 
 
-def _counts_timesteps(denoiser: Any) -> bool:
-    """DDIM, PLMS and UniPC hand the training timestep over as "sigma"."""
-    from modules.sd_samplers_timesteps import CFGDenoiserTimesteps
-
-    return isinstance(denoiser, CFGDenoiserTimesteps)
+def _trained_schedule(sd_model: Any) -> NoiseSchedule | None:
+    """The table before the user's setting "Noise schedule" changed it, where it did."""
+    own = getattr(sd_model, "alphas_cumprod_original", None)
+    if own is None or own is sd_model.alphas_cumprod:
+        return None
+    return NoiseSchedule.from_alphas_cumprod(own.float().cpu().tolist())
 
 
 def _replaced_unet() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.hosts.patcher_guidance import install_guidance
+from lib_hires.hosts.patcher_schedule import levels_name, scheduled
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.hosts.webui import native_size, planned_sigmas
+from lib_hires.model_sampling import ModelSampling
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
 from lib_hires.run import EPS, FLOW, Call, ModelFacts, V
@@ -37,7 +39,15 @@ class Forge:
         topology = unet_topology(unet.model.diffusion_model)
         reason = f"{type(unet.model.diffusion_model).__name__} is not a UNet"
         prediction = _prediction(unet.model)
-        return ModelFacts(family, native_size(native), _schedule(unet.model), topology, reason, prediction)
+        return ModelFacts(
+            family,
+            native_size(native),
+            _schedule(unet.model),
+            topology,
+            reason,
+            prediction,
+            trained_schedule=_trained_schedule(unet.model),
+        )
 
     def unet_identity(self, sd_model: Any) -> Any:
         return sd_model.forge_objects.unet.model.diffusion_model
@@ -68,6 +78,12 @@ class Forge:
 
         return open_call
 
+    def scheduled(self, p: Any, sampling: ModelSampling) -> AbstractContextManager[None]:
+        return scheduled(p.sampler, p.sd_model, sampling)
+
+    def start_latent(self, p: Any, steps: int | None, x: Any, noise: Any, sampling: ModelSampling) -> Any:
+        return x  # noised by the table in force
+
 
 ADAPTER = Forge()
 
@@ -81,11 +97,17 @@ def _family(sd_model: Any) -> tuple[str, int]:
 
 def _levels(model: Any) -> Any:
     """Forge and Neo keep sigma table and prediction type in `predictor`, reForge and Classic in `model_sampling`."""
-    return getattr(model, "predictor", None) or model.model_sampling
+    return getattr(model, levels_name(model))
 
 
 def _schedule(model: Any) -> NoiseSchedule:
     return NoiseSchedule(_levels(model).sigmas.float().cpu().tolist())
+
+
+def _trained_schedule(model: Any) -> NoiseSchedule | None:
+    """Forge rescales `sigmas` to zero terminal SNR and leaves `alphas_cumprod` as it was."""
+    abar = getattr(_levels(model), "alphas_cumprod", None)
+    return None if abar is None else NoiseSchedule.from_alphas_cumprod(abar.float().cpu().tolist())
 
 
 def _prediction(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""A temporary attribute on one object, put back in `finally`."""
+"""Temporary attributes on one object, put back in `finally`."""
 
 from __future__ import annotations
 
@@ -20,4 +20,17 @@ def instance_attribute(target: Any, name: str, value: Any) -> Iterator[None]:
         if before is _MISSING:
             delattr(target, name)
         else:
+            setattr(target, name, before)
+
+
+@contextmanager
+def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace an attribute that is the object's own, also a module's buffer or submodule. Afterwards the old value is
+    back, unless somebody else has set another one meanwhile."""
+    before = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        if getattr(target, name, None) is value:
             setattr(target, name, before)

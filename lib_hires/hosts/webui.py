@@ -12,16 +12,18 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from lib_hires.generation import Generation
 from lib_hires.hosts.instance import instance_attribute
-from lib_hires.plan import Plan, make_plan
+from lib_hires.hosts.pass_schedule import PassSchedule
+from lib_hires.model_sampling import ModelSampling
+from lib_hires.plan import Plan, make_plan, schedules
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import Ending, NoisyLatent
+from lib_hires.sites import Ending, NoisyLatent, Schedule
 
 log = logging.getLogger("hires_plus")
 
@@ -59,6 +61,14 @@ class HostAdapter(Protocol):
         """Prepare a plan on the current model; returns a function that opens a call (with the callback's parameters)
         as a context manager."""
 
+    def scheduled(self, p: Any, sampling: ModelSampling) -> AbstractContextManager[None]:
+        """While it is open, the pass's sampler works with this prediction type and these noise levels. Raises
+        `Refusal` where the host cannot do that."""
+
+    def start_latent(self, p: Any, steps: int | None, x: Any, noise: Any, sampling: ModelSampling) -> Any:
+        """The noisy latent x that a pass with a picture behind it starts from, where the host has noised it by its own
+        table; `noise` is the unit noise that it did it with."""
+
 
 def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> None:
     """Make the pass that is about to be sampled a run; x and noise are the host's latent and noise for it.
@@ -71,6 +81,7 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
     original = getattr(sampler.func, _ORIGINAL, sampler.func)
     # a pass from noise alone has no picture behind it: there x is the noise itself
     start = None if x is None or noise is None or _pass_name(p) == FIRST_PASS else Start(x, noise)
+    schedule = _attach_schedule(p, generation, x, original) if schedules(generation.current) else None
     spent = False
 
     @functools.wraps(original)  # hosts read the function's signature to decide what to pass
@@ -85,8 +96,11 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
         # by name, however they came: some samplers take n or a range, and some callers pass sigmas by position
         arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments | kwargs
         told = Sampler(original.__name__, float(arguments.get("eta") or 0), float(arguments.get("s_churn") or 0))
+        adapter = adapter_for(p.sd_model)
+        if schedule and schedule.sampling and start:
+            x = adapter.start_latent(p, schedule.steps, x, start.noise, schedule.sampling)
         try:
-            with SamplingRun(adapter_for(p.sd_model), p, generation, x, arguments, told, start).active():
+            with SamplingRun(adapter, p, generation, x, arguments, told, start, schedule).active():
                 generation.latent = original(model, x, *args, **kwargs)
         except _Ended as ended:
             generation.latent = ended.latent
@@ -94,6 +108,32 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
 
     setattr(run_sampler, _ORIGINAL, original)
     sampler.func = run_sampler
+
+
+def _attach_schedule(p: Any, generation: Generation, x: Any, function: Any) -> PassSchedule:
+    """The schedule of a pass has to be in force before the sampler computes its noise levels."""
+
+    def prepared_run() -> Run:
+        model = adapter_for(p.sd_model).model_facts(p.sd_model)
+        levels = model.schedule.sigmas
+        latent = (p.height // 8, p.width // 8) if x is None else (int(x.shape[-2]), int(x.shape[-1]))
+        return Run(
+            host=adapter_for(p.sd_model).name,
+            pass_name=_pass_name(p),
+            model=model,
+            latent=latent,
+            sigmas=(float(levels[-1]), float(levels[0])),
+            sampler=Sampler(function.__name__),
+        )
+
+    schedule = PassSchedule(
+        generation.current,
+        prepared_run,
+        lambda sampling: adapter_for(p.sd_model).scheduled(p, sampling),
+        p.sampler.model_wrap_cfg,
+    )
+    schedule.attach(p.sampler)
+    return schedule
 
 
 def on_cfg_denoiser(params: Any) -> None:
@@ -121,6 +161,7 @@ class SamplingRun:
         arguments: Mapping[str, Any],
         sampler: Sampler,
         start: Start | None,
+        schedule: PassSchedule | None = None,
     ) -> None:
         self._adapter = adapter
         self._p = p
@@ -129,6 +170,7 @@ class SamplingRun:
         self._arguments = arguments
         self._sampler = sampler
         self._start = start
+        self._schedule = schedule
         self._denoiser = p.sampler.model_wrap_cfg
         self._network: Any = None
         self._plan: Plan | None = None
@@ -217,13 +259,17 @@ class SamplingRun:
     def _begin_plan(self, network: Any) -> None:
         self._finish_plan()
         self._network = network
-        self._plan = make_plan(self._generation.current, self._facts())
-        self._open = self._adapter.installation(self._p.sd_model, self._plan) if self._plan.patches else None
+        prepared = self._schedule.plan if self._schedule else None
+        self._plan = make_plan(self._generation.current, self._facts(), prepared)
+        in_calls = any(not isinstance(patch, Schedule) for patch in self._plan.patches.values())
+        self._open = self._adapter.installation(self._p.sd_model, self._plan) if in_calls else None
         if not self._plan.is_empty:
             log.info(self._plan.report())
 
     def _facts(self) -> Run:
         model = self._adapter.model_facts(self._p.sd_model)
+        if self._schedule:
+            model = self._schedule.in_force(model)
         return Run(
             host=self._adapter.name,
             pass_name=_pass_name(self._p),

@@ -17,6 +17,7 @@ from lib_hires import TITLE
 from lib_hires.generation import Generation
 from lib_hires.hosts import webui as host
 from lib_hires.hosts.hires_stages import attach_stages
+from lib_hires.registry import BY_NAME
 from lib_hires.request import read_request
 from lib_hires.webui import axes, infotext, panel
 from lib_hires.webui.echo import make_repeatable
@@ -70,6 +71,7 @@ class Tab:
 def begin(p: Any, args: Sequence[Any]) -> None:
     """process: read the request and put it into the infotext."""
     if _is_inner(p):
+        p.hires_plus = _for_inner_pass(args)
         return
     p.hires_plus = _NOTHING  # the same p can be sampled again with other values
     if args:
@@ -85,7 +87,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
 def announce(p: Any) -> None:
     """Before each batch: the previous batch's outcome is not this one's."""
     generation = _generation(p)
-    if generation.selection:
+    if generation.selection and not _is_inner(p):
         infotext.write(p.extra_generation_params, generation)
 
 
@@ -97,12 +99,19 @@ def attach(p: Any, x: Any = None, noise: Any = None) -> None:
 def settle(p: Any) -> None:
     """After the sampling of a batch, before its infotext is made."""
     generation = _generation(p)
-    if generation.selection:
+    if generation.selection and not _is_inner(p):
         _tell(p, infotext.settle(p.extra_generation_params, generation))
 
 
 def _generation(p: Any) -> Generation:
-    return _NOTHING if _is_inner(p) else getattr(p, _GENERATION, _NOTHING)
+    return getattr(p, _GENERATION, _NOTHING)
+
+
+def _for_inner_pass(args: Sequence[Any]) -> Generation:
+    """A refinement pass inside a generation needs the same schedule, and none of the other techniques: they were set
+    for the picture and not for a face."""
+    selection = read_request(args, None, STORE.all).selection
+    return Generation({name: settings for name, settings in selection.items() if BY_NAME[name].schedules})
 
 
 def _is_inner(p: Any) -> bool:

@@ -42,7 +42,7 @@ def write(params: MutableMapping[str, Any], generation: Generation) -> None:
 def settle(params: MutableMapping[str, Any], generation: Generation) -> list[str]:
     """After sampling: keep only what really acted, and say why the rest did not. Returns what is new to say."""
     acted = {name: settings for name, settings in generation.selection.items() if name in generation.acted}
-    reasons = [reason for technique in TECHNIQUES for reason in _idle(technique, generation)]
+    reasons = [reason for technique in TECHNIQUES for reason in _outcome(technique, generation)]
     _replace(params, acted, [*generation.notes, *reasons])
     return reasons
 
@@ -63,15 +63,17 @@ def _lines(technique: Technique, settings: Settings) -> dict[str, str]:
     return lines | {key(technique, name): params[name].show(value) for name, value in changed_fields(settings).items()}
 
 
-def _idle(technique: Technique, generation: Generation) -> list[str]:
-    """Why a technique that was on did not act; a refusal is told even if it acted in another pass."""
+def _outcome(technique: Technique, generation: Generation) -> list[str]:
+    """Why a technique that was on did not act, or what may have spoilt the picture; a refusal is told even if it acted
+    in another pass."""
     if technique.name not in generation.selection:
         return []
     refusal = generation.refused.get(technique.title)
     if refusal:
         return [f"{technique.title} was refused: {refusal}"]
     if technique.name in generation.acted:
-        return []
+        warning = generation.warned.get(technique.title)
+        return [f"{technique.title}: {warning}"] if warning else []
     return [f"{technique.title} did nothing: {generation.rested.get(technique.title, _NEVER_ACTED)}"]
 
 

@@ -11,7 +11,7 @@ COMPONENTS = [(t, field) for t in TECHNIQUES for field in positional_fields(t)] 
 
 # Valid texts for each text parameter, as its grammar cannot be drawn from. A new one needs its line here.
 EXAMPLES = {
-    ("cascade", "factors"): ["2, 2", "1.5, 2", ""],
+    ("cascade", "factors"): ["2, 2", "1.5, 2"],
     ("cascade", "denoise"): ["0.6", "0.6, 0.4"],
     ("cascade", "steps"): ["20", "20, 12"],
     ("cascade", "cfg_scale"): ["7.5", "7, 9"],

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,31 @@ from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import HookedUnet
+from lib_hires.model_sampling import ScheduledDenoiser
 from lib_hires.noise import NoiseSchedule
-from lib_hires.plan import Plan, make_plan
-from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
+from lib_hires.plan import Plan, make_plan, prepare_plan, schedules
+from lib_hires.run import (
+    COND,
+    FIRST_PASS,
+    HIRES_PASS,
+    IMG2IMG_PASS,
+    PERTURBED,
+    UNCOND,
+    Call,
+    ModelFacts,
+    Run,
+    Size,
+    Start,
+)
 from lib_hires.samplers import Sampler
-from lib_hires.sites import Ending, NoisyLatent, Predictions
+from lib_hires.sites import Ending, NoisyLatent, Predictions, Schedule
 from lib_hires.stage_plan import plan_stages, selection_of
 from lib_hires.stages import HiresPass, Stage
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
+
+Levels = Callable[[Any], Tensor]  # the model as it is sampled -> the noise levels of a pass
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class Bench:
         if request.init_images is None:
             latents = self._text_pass(request, generation, result)
         else:
-            levels = self._image_levels(request)
+            levels = partial(_image_levels, request)
             latents = self._image_pass(request, request.init_images, IMG2IMG_PASS, levels, generation, result)
         if request.hires_scale > 1:
             latents = self._hires_pass(request, latents, generation, result)
@@ -120,29 +136,23 @@ class Bench:
         return result
 
     def _text_pass(self, request: Request, generation: Generation, result: Result) -> Tensor:
-        size = (4, request.height // LATENT_FACTOR, request.width // LATENT_FACTOR)
-        sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)
-        x = samplers.seeded_noise(size, request.seeds) * sigmas[0]
-        return self._sample(request, x, sigmas, FIRST_PASS, generation, result)
+        height, width = request.height // LATENT_FACTOR, request.width // LATENT_FACTOR
+        scheduled = self._scheduled(request, FIRST_PASS, (height, width), generation)
+        sigmas = samplers.noise_levels(scheduled.wrapper, request.schedule, request.steps)
+        x = samplers.seeded_noise((4, height, width), request.seeds) * sigmas[0]
+        return self._sample(request, x, sigmas, scheduled, generation, result)
 
     def _image_pass(
-        self, request: Request, images: Tensor, pass_name: str, sigmas: Tensor, generation: Generation, result: Result
+        self, request: Request, images: Tensor, pass_name: str, levels: Levels, generation: Generation, result: Result
     ) -> Tensor:
         """Noise the encoded pictures to the first of these levels, and sample from there."""
         clean = self.models.vae.encode(images)
+        size = (int(clean.shape[-2]), int(clean.shape[-1]))
+        scheduled = self._scheduled(request, pass_name, size, generation)
+        sigmas = levels(scheduled.wrapper)
         noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
         x = clean + noise * sigmas[0]
-        return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise))
-
-    def _image_levels(self, request: Request) -> Tensor:
-        """img2img: `denoise` of the steps are left."""
-        skipped = min(int(request.steps * (1 - request.denoise)), request.steps - 1)
-        return samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
-
-    def _hires_levels(self, request: Request, denoise: float) -> Tensor:
-        """Hires. fix: all steps, on the last part of a longer schedule."""
-        total = max(int(request.steps / max(min(denoise, 0.999), 1e-3)), request.steps)
-        return samplers.noise_levels(self._wrapper, request.schedule, total)[total - request.steps :]
+        return self._sample(request, x, sigmas, scheduled, generation, result, Start(clean, noise))
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
@@ -171,7 +181,7 @@ class Bench:
         denoise = request.hires_denoise if stage.denoise is None else stage.denoise
         cfg_scale = request.cfg_scale if stage.cfg_scale is None else stage.cfg_scale
         request = replace(request, steps=steps, cfg_scale=cfg_scale)
-        levels = self._hires_levels(request, denoise)
+        levels = partial(_hires_levels, request, denoise)
         return self._image_pass(request, images, HIRES_PASS, levels, generation, result)
 
     def _sample(
@@ -179,34 +189,62 @@ class Bench:
         request: Request,
         x: Tensor,
         sigmas: Tensor,
-        pass_name: str,
+        scheduled: _Scheduled,
         generation: Generation,
         result: Result,
         start: Start | None = None,
     ) -> Tensor:
-        run = Run(
-            host="bench",
-            pass_name=pass_name,
-            model=self._facts,
-            latent=(int(x.shape[-2]), int(x.shape[-1])),
+        run = replace(
+            scheduled.run,
+            model=scheduled.model,
             sigmas=samplers.planned_levels(request.sampler, sigmas),
-            seed=request.seeds[0],
-            sampler=Sampler(samplers.SAMPLERS[request.sampler]),
             start=start,
-            hires_follows=pass_name == FIRST_PASS and request.hires_scale > 1,
-            stage=generation.stage,
         )
-        with _planned(run, generation, result) as plan:
-            denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1)
+        with _planned(run, generation, result, scheduled.plan) as plan:
+            denoiser = _Denoiser(self, request, plan, scheduled.wrapper, len(sigmas) - 1)
             try:
                 return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
             except _Ended as ended:
                 return ended.latent
 
+    def _scheduled(self, request: Request, pass_name: str, latent: Size, generation: Generation) -> _Scheduled:
+        """What a pass is sampled with, decided before its noise levels are made."""
+        levels = self._facts.schedule.sigmas
+        run = Run(
+            host="bench",
+            pass_name=pass_name,
+            model=self._facts,
+            latent=latent,
+            sigmas=(float(levels[-1]), float(levels[0])),
+            seed=request.seeds[0],
+            sampler=Sampler(samplers.SAMPLERS[request.sampler]),
+            hires_follows=pass_name == FIRST_PASS and request.hires_scale > 1,
+            stage=generation.stage,
+        )
+        if not schedules(generation.current):
+            return _Scheduled(run, self._facts, self._wrapper, None)
+        plan = prepare_plan(generation.current, run)
+        model, wrapper = self._facts, self._wrapper
+        for patch in plan.at(Schedule):
+            sampling = patch.model_sampling()
+            model = replace(self._facts, prediction=sampling.prediction, schedule=sampling.schedule)
+            wrapper = ScheduledDenoiser(self._wrapper.inner_model, sampling)
+        return _Scheduled(run, model, wrapper, plan)
+
+
+@dataclass(frozen=True)
+class _Scheduled:
+    """A pass that is about to be sampled: its facts, the model as it is sampled, and what has been decided."""
+
+    run: Run
+    model: ModelFacts
+    wrapper: Any
+    plan: Plan | None
+
 
 @contextmanager
-def _planned(run: Run, generation: Generation, result: Result) -> Iterator[Plan]:
-    plan = make_plan(generation.current, run)
+def _planned(run: Run, generation: Generation, result: Result, prepared: Plan | None) -> Iterator[Plan]:
+    plan = make_plan(generation.current, run, prepared)
     result.plans.append(plan)
     if generation.selection:
         log.info(plan.report())
@@ -214,6 +252,18 @@ def _planned(run: Run, generation: Generation, result: Result) -> Iterator[Plan]
         yield plan
     finally:
         generation.finish_run(plan)
+
+
+def _image_levels(request: Request, wrapper: Any) -> Tensor:
+    """img2img: `denoise` of the steps are left."""
+    skipped = min(int(request.steps * (1 - request.denoise)), request.steps - 1)
+    return samplers.noise_levels(wrapper, request.schedule, request.steps)[skipped:]
+
+
+def _hires_levels(request: Request, denoise: float, wrapper: Any) -> Tensor:
+    """Hires. fix: all steps, on the last part of a longer schedule."""
+    total = max(int(request.steps / max(min(denoise, 0.999), 1e-3)), request.steps)
+    return samplers.noise_levels(wrapper, request.schedule, total)[total - request.steps :]
 
 
 class _Denoiser:

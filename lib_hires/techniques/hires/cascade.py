@@ -47,10 +47,12 @@ def _number_between(low: float, high: float, what: str) -> Callable[[str], float
 
 
 def parse_factors(grammar: str) -> tuple[float, ...]:
-    """Read "1.5, 2"; "auto" or nothing is the empty tuple."""
-    if grammar.strip().lower() in ("", AUTO):
+    """Read "1.5, 2"; "auto" is the empty tuple."""
+    if grammar.strip().lower() == AUTO:
         return ()
     factors = per_stage(grammar, _number_between(0.25, 8, "factor"))
+    if not factors:
+        raise ValueError(f"write {AUTO}, or factors as 1.5, 2")
     if len(factors) > _MOST_STAGES:
         raise ValueError(f"{len(factors)} stages are more than {_MOST_STAGES}")
     return factors
