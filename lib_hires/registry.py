@@ -2,7 +2,7 @@
 
 The order is the order in the panel, in the positional API list (append only) and in which patches act on a shared
 site. For guidance it is: changes of the predictions before they are mixed (TCFG, FreSca, APG), maps of the mixed result
-(RescaleCFG to Mahiro), and what further predictions add (PAG, SAG).
+(RescaleCFG to Mahiro), what further predictions add (PAG, SAG), then what holds a reference (mixing, low-band lock).
 """
 
 from __future__ import annotations
