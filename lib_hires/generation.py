@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lib_hires.plan import Plan
 from lib_hires.settings import Settings
+from lib_hires.sites import MaskBlend
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Generation:
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
     rested: dict[str, str] = field(default_factory=dict)  # likewise
+    blends: list[MaskBlend] = field(default_factory=list)  # of the pass just sampled, for its last blend and overlay
 
     def finish_run(self, plan: Plan) -> None:
         """Take over what one run did. Called at the end of every run, also of one that broke off."""

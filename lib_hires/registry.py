@@ -10,6 +10,7 @@ from __future__ import annotations
 from lib_hires.technique import Technique
 from lib_hires.techniques.attention import near_sighted_attention, near_sighted_tile, scale_fusion, slothful
 from lib_hires.techniques.guidance import apg, cfg_norm, fresca, mahiro, pag, renorm_cfg, rescale_cfg, sag, tcfg
+from lib_hires.techniques.inpaint import differential_diffusion
 from lib_hires.techniques.unet import deep_shrink, dilation, freeu
 
 TECHNIQUES: tuple[Technique, ...] = (
@@ -29,6 +30,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     near_sighted_tile.TECHNIQUE,
     near_sighted_attention.TECHNIQUE,
     slothful.TECHNIQUE,
+    differential_diffusion.TECHNIQUE,
 )
 
 BY_NAME: dict[str, Technique] = {technique.name: technique for technique in TECHNIQUES}

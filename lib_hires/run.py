@@ -44,7 +44,9 @@ class Run:
     """One sampling run of one pass. Immutable.
 
     `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
-    them; adaptive samplers give only their range. `start` is None where the pass begins from noise alone.
+    them; adaptive samplers give only their range. `start` is None where the pass begins from noise alone. `mask` is
+    the mask [B or 1, C or 1, h, w] of an inpainting run, 1 = repaint; `mask_user` names another extension that decides
+    how it is blended.
     """
 
     host: str
@@ -55,6 +57,8 @@ class Run:
     seed: int = 0
     sampler: Sampler = field(default_factory=Sampler)
     start: Start | None = None
+    mask: Tensor | None = None
+    mask_user: str = ""
 
     @property
     def sigma_first(self) -> float:

@@ -16,12 +16,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 from lib_hires.generation import Generation
+from lib_hires.hosts import masks
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.plan import Plan, make_plan
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import NoisyLatent
+from lib_hires.sites import MaskBlend, NoisyLatent
 
 log = logging.getLogger("hires_plus")
 
@@ -123,6 +124,8 @@ class SamplingRun:
         self._plan: Plan | None = None
         self._open: Callable[[Call, Any], Any] | None = None
         self._call = ExitStack()
+        self._masked: masks.MaskedCall | None = None
+        self._masking = ExitStack()
         self._broken = False
 
     @contextmanager
@@ -132,14 +135,19 @@ class SamplingRun:
         def forward(x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 self._guarded(lambda: self._change_latent(x, sigma))
-                return original_forward(x, sigma, *args, **kwargs)
+                self._guarded(lambda: self._put_masks_on(x, sigma))
+                out = original_forward(x, sigma, *args, **kwargs)
+                return out if self._masked is None else self._masked.finish(out)
             finally:
                 self._call.close()
+                self._take_masks_off()
 
         with instance_attribute(self._denoiser, _RUN, self), instance_attribute(self._denoiser, "forward", forward):
             try:
                 yield
                 self._warn_unfired()
+                if self._plan is not None and not self._broken:
+                    self._generation.blends = self._plan.at(MaskBlend)
             finally:
                 self._call.close()
                 self._finish_plan()
@@ -147,6 +155,8 @@ class SamplingRun:
     def open_call(self, params: Any) -> None:
         """Begin one denoiser call."""
         self._call.close()
+        if self._masked is not None:
+            self._masked.see(params)
         self._guarded(lambda: self._open_call(params))
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -175,6 +185,22 @@ class SamplingRun:
             changed = patch.before_call(changed, call)
         if changed is not before:
             x.copy_(changed / factor)
+
+    def _put_masks_on(self, x: Any, sigma: Any) -> None:
+        """Before the host's forward: it may blend before its callback comes."""
+        plan = self._current_plan()
+        patches = plan.at(MaskBlend)
+        if not patches:
+            return
+        level = masks.Level(*self._adapter.latent_level(self._denoiser, float(sigma[0]), plan.run.model))
+        call = Call(level.sigma, int(self._denoiser.step))
+        self._masked = masks.masked_call(self._denoiser, patches, x, call, level, self._start)
+        if self._masked is not None:
+            self._masking.enter_context(self._masked.open())
+
+    def _take_masks_off(self) -> None:
+        self._masked = None
+        self._masking.close()
 
     def _open_call(self, params: Any) -> None:
         """Put the patches on."""
@@ -209,6 +235,8 @@ class SamplingRun:
             seed=int(self._p.seeds[0]) if getattr(self._p, "seeds", None) else 0,
             sampler=self._sampler,
             start=self._start,
+            mask=masks.repaint_mask(self._p),
+            mask_user=masks.mask_user(self._p),
         )
 
     def _finish_plan(self) -> None:

@@ -15,7 +15,9 @@ from modules import script_callbacks, shared
 
 from lib_hires import TITLE
 from lib_hires.generation import Generation
+from lib_hires.hosts import masks
 from lib_hires.hosts import webui as host
+from lib_hires.registry import BY_NAME
 from lib_hires.request import read_request
 from lib_hires.webui import axes, infotext, panel
 from lib_hires.webui.echo import make_repeatable
@@ -74,6 +76,8 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     if args:
         make_repeatable(args[0])
     generation = p.hires_plus = read_request(args, getattr(p, axes.ATTRIBUTE, None), STORE.all)
+    if any(BY_NAME[name].grey_mask for name in generation.selection):
+        masks.keep_grey(p)
     infotext.write(p.extra_generation_params, generation)
     _tell(p, generation.notes)
     if generation.notes:
@@ -82,7 +86,9 @@ def begin(p: Any, args: Sequence[Any]) -> None:
 
 def announce(p: Any) -> None:
     """Before each batch: the previous batch's outcome is not this one's."""
+    masks.restore_rounding(p)  # the masks are made by now
     generation = _generation(p)
+    generation.blends = []
     if generation.selection:
         infotext.write(p.extra_generation_params, generation)
 
@@ -90,6 +96,17 @@ def announce(p: Any) -> None:
 def attach(p: Any, x: Any = None, noise: Any = None) -> None:
     """Before every sampling run."""
     host.attach(p, _generation(p), x, noise)
+
+
+def blend(p: Any, arguments: Any) -> None:
+    """After every blend of latents by mask. Inside a run the masks in force stand in the denoiser already."""
+    if arguments.is_final_blend:
+        masks.blend_at_end(_generation(p).blends, arguments)
+
+
+def overlay(p: Any, arguments: Any) -> None:
+    """Before the original pixels are laid over a finished picture."""
+    masks.show_result(_generation(p).blends, p, arguments)
 
 
 def settle(p: Any) -> None:
