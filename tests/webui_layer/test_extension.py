@@ -101,7 +101,7 @@ def test_off_leaves_nothing_behind(extension):
 
 def test_hooks_without_a_beginning_do_nothing(extension, monkeypatch):
     attached = []
-    monkeypatch.setattr(extension.host, "attach", lambda p, generation: attached.append(generation.selection))
+    monkeypatch.setattr(extension.host, "attach", lambda p, generation, *_: attached.append(generation.selection))
     p = P()
     extension.announce(p)
     extension.attach(p)
@@ -115,7 +115,7 @@ def test_an_inner_pass_of_another_extension_stays_plain(extension, monkeypatch):
     inner = copy(outer)
     inner._ad_inner = True
     attached = []
-    monkeypatch.setattr(extension.host, "attach", lambda p, generation: attached.append(generation.selection))
+    monkeypatch.setattr(extension.host, "attach", lambda p, generation, *_: attached.append(generation.selection))
     inner.extra_generation_params = {}
     extension.begin(inner, (ON,))
     extension.announce(inner)

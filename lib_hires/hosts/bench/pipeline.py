@@ -17,13 +17,15 @@ from torch import Tensor
 from lib_hires.generation import Generation
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
+from lib_hires.hosts.bench.blend import HARD, Inpainting, latent_mask
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
+from lib_hires.registry import BY_NAME
 from lib_hires.run import COND, FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import NoisyLatent, Predictions
+from lib_hires.sites import MaskBlend, NoisyLatent, Predictions
 from lib_hires.topology import unet_topology
 
 log = logging.getLogger("hires_plus")
@@ -44,6 +46,8 @@ class Request:
     negative: str = ""
     init_images: Tensor | None = None  # [B, 3, H, W] in 0..1: makes it img2img
     denoise: float = 1.0  # of img2img
+    mask: Tensor | None = None  # [B or 1, 1, H, W] in 0..1, 1 = repaint: makes img2img inpainting
+    blend: str = HARD  # how it is blended, see blend.py
     hires_scale: float = 1.0  # above 1: a second pass at this multiple of the size
     hires_denoise: float = 0.6
     hires_steps: int = 0  # 0: as `steps`
@@ -123,7 +127,8 @@ class Bench:
         sigmas = samplers.noise_levels(self._wrapper, request.schedule, request.steps)[skipped:]
         noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
         x = clean + noise * sigmas[0]
-        return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise))
+        inpainting = _inpainting(request, clean, generation) if pass_name == IMG2IMG_PASS else None
+        return self._sample(request, x, sigmas, pass_name, generation, result, Start(clean, noise), inpainting)
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
@@ -143,6 +148,7 @@ class Bench:
         generation: Generation,
         result: Result,
         start: Start | None = None,
+        inpainting: Inpainting | None = None,
     ) -> Tensor:
         run = Run(
             host="bench",
@@ -153,10 +159,21 @@ class Bench:
             seed=request.seeds[0],
             sampler=Sampler(samplers.SAMPLERS[request.sampler]),
             start=start,
+            mask=None if inpainting is None else inpainting.mask,
         )
         with _planned(run, generation, result) as plan:
-            denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1)
-            return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+            denoiser = _Denoiser(self, request, plan, self._wrapper, len(sigmas) - 1, inpainting)
+            out = samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+            return out if inpainting is None else inpainting.at_end(out, plan.at(MaskBlend))
+
+
+def _inpainting(request: Request, clean: Tensor, generation: Generation) -> Inpainting | None:
+    if request.mask is None:
+        return None
+    grey = any(BY_NAME[name].grey_mask for name in generation.selection)
+    size = (int(clean.shape[-2]), int(clean.shape[-1]))
+    mask = latent_mask(request.mask, size, rounded=request.blend == HARD and not grey)
+    return Inpainting(mask, clean, request.blend)
 
 
 @contextmanager
@@ -174,8 +191,12 @@ def _planned(run: Run, generation: Generation, result: Result) -> Iterator[Plan]
 class _Denoiser:
     """CFG around the model: x [B, 4, h, w] at sigma [B] to the guided x0."""
 
-    def __init__(self, bench: Bench, request: Request, plan: Plan, wrapper: Any, steps: int) -> None:
+    def __init__(
+        self, bench: Bench, request: Request, plan: Plan, wrapper: Any, steps: int, inpainting: Inpainting | None
+    ) -> None:
         self._bench = bench
+        self._inpainting = inpainting
+        self._mask_patches = plan.at(MaskBlend)
         self._unet = HookedUnet(bench.models.unet, plan)
         self._pipeline = GuidancePipeline(plan)
         self._latent_patches = plan.at(NoisyLatent)
@@ -196,6 +217,8 @@ class _Denoiser:
             x.copy_(changed)  # the sampler goes on from it
         with self._unet.open(call):
             denoised = self._denoised(x, sigma, call)
+        if self._inpainting is not None:
+            denoised = self._inpainting.in_call(denoised, call, self._mask_patches)
         self._bench.after_call(self._step, self._steps)
         return denoised
 
