@@ -102,23 +102,31 @@ class MaskedCall:
         """What the sampler gets for what the denoiser returned: x0 as it is, eps with held cells led to the picture."""
         if not self._level.returns_eps:
             return out
-        eps = self._eps_of_picture()
+        held = self._eps_of_held()
         # CFG++ takes its direction from the uncond eps, which the host keeps beside
         if getattr(self._denoiser, "last_noise_uncond", None) is not None:
-            self._denoiser.last_noise_uncond = self._mixed(self._denoiser.last_noise_uncond, eps)
-        return self._mixed(out, eps) if self._blends_clean else self._of_own_latent(out)
+            self._denoiser.last_noise_uncond = self._mixed(self._denoiser.last_noise_uncond, held)
+        return self._mixed(out, held) if self._blends_clean else self._of_own_latent(out)
 
     @property
     def _blends_clean(self) -> bool:
         """Whether the host blends only before the model, with a clean latent: A1111's timestep samplers."""
         return bool(getattr(self._denoiser, "mask_before_denoising", False))
 
-    def _mixed(self, eps: Tensor, of_picture: Tensor) -> Tensor:
-        return (eps * self._nmask + of_picture * (1 - self._nmask)).to(eps.dtype)
+    def _mixed(self, eps: Tensor, held: Tensor) -> Tensor:
+        return (eps * self._nmask + held * (1 - self._nmask)).to(eps.dtype)
 
-    def _eps_of_picture(self) -> Tensor:
-        """(x - x0) / sigma with x in VE scaling and x0 the picture."""
-        return (self._x.float() * self._level.factor - self._clean.float()) / self._level.sigma
+    def _eps_of_held(self) -> Tensor:
+        """What joins m eps, weighted by 1 - m, so that the sampler's own x comes to x0 = m x0(y) + (1 - m) picture.
+
+        y = m x + (1 - m) n is what the model saw, n the picture at this noise level, all in VE scaling. Then
+        (x - x0) / sigma = m eps + (1 - m) (x - picture + m (x - n)) / sigma.
+        """
+        own, sigma = self._x.float() * self._level.factor, self._level.sigma
+        held = own - self._clean.float()
+        if self._blends_clean and self._start is not None:
+            held = held + self._nmask * (held - sigma * self._start.noise.to(held))
+        return held / sigma
 
     def _of_own_latent(self, eps: Tensor) -> Tensor:
         """eps for the sampler's own latent. Forge counts it from the latent that it blended with fresh noise: the held

@@ -194,7 +194,7 @@ def test_without_a_mask_it_rests_with_a_reason():
 
 
 def test_beside_soft_inpainting_it_refuses():
-    with pytest.raises(Refusal, match="Soft Inpainting is on.*switch one"):
+    with pytest.raises(Refusal, match=r"Soft Inpainting is on.*switch one"):
         begin(DifferentialDiffusionSettings(), a_run(user="Soft Inpainting"))
 
 

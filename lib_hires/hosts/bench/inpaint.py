@@ -7,7 +7,7 @@ soft mask, the hosts' Soft Inpainting (its documented formula, see blend.py; wit
 Differential Diffusion. Measured on what the latents decode to, as each way's latents are; no original pixels are laid
 over the result.
 
-* Change: mean |latent - latent of the original| over the cells of each mask value, on ramps in four directions.
+* Change: mean |latent - latent of the original| over the cells of each mask value, which stand at every place in turn.
 * Black: the number of latent values under mask 0 that are not the original's bits.
 * Seam: a vertical edge, half a picture kept and half free, with a soft border. The mean squared jump between
   neighbouring pixels that the original does not have, in the worst column; means over pictures.
@@ -71,10 +71,11 @@ def sample_pictures(count: int, size: int = NATIVE_SIZE, seed: int = 0) -> Pictu
 
 
 def ramps(size: int, values: int = VALUES) -> Tensor:
-    """Masks [4, 1, size, size] of bands from 0 to 1: rightwards, leftwards, downwards, upwards."""
-    bands = torch.linspace(0, 1, values).repeat_interleave(size // values)
-    right = bands.expand(size, size)
-    return torch.stack([right, right.flip(1), right.T, right.T.flip(0)])[:, None]
+    """Masks [values, 1, size, size] of vertical bands from 0 to 1, rolled until every value was at every place: what is
+    painted differs from place to place, and must not be taken for what the mask does."""
+    bands = torch.linspace(0, 1, values)
+    rolled = [bands.roll(shift).repeat_interleave(size // values).expand(size, size) for shift in range(values)]
+    return torch.stack(rolled)[:, None]
 
 
 def soft_edge(size: int, border: int = BORDER) -> Tensor:
