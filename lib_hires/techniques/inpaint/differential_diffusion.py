@@ -153,7 +153,7 @@ def preview(settings: DifferentialDiffusionSettings, run: Run) -> tuple[Picture,
     steps = sorted({round(last * part / 4) for part in range(5)})
     masks = [mask_in_force(mask, remaining(run.sigmas[step]), settings.strength) for step in steps]
     captions = [f"step {step + 1}" for step in steps]
-    return Picture("your mask", mask.numpy()), *map(Picture, captions, [mask.numpy() for mask in masks])
+    return Picture("sample mask", mask.numpy()), *map(Picture, captions, [mask.numpy() for mask in masks])
 
 
 def _to_the_end(run: Run) -> Run:
@@ -167,7 +167,7 @@ def sample_mask(width: int = 48, height: int = 36) -> Tensor:
     ramp = torch.linspace(0, 1, width).expand(top, width)
     y, x = torch.meshgrid(torch.arange(height - top) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     distance = torch.hypot(x - width / 2, y - (height - top) / 2)
-    return torch.cat([ramp, (1.15 - distance / (height - top) * 2).mul(1.6).clamp(0, 1)])
+    return torch.cat([ramp, (0.95 - distance / (height - top) * 2).mul(1.6).clamp(0, 1)])
 
 
 TECHNIQUE = Technique(
@@ -176,7 +176,8 @@ TECHNIQUE = Technique(
     family="Inpainting",
     summary="For inpainting with soft masks: the grey value of the mask says how much each pixel may change. Black "
     "keeps the picture, white is painted freely, and grey changes details but keeps the shapes: the darker, the less. "
-    "Paint with Mask blur, or upload a grey mask in Inpaint upload.",
+    "Grey comes from Mask blur, from Inpaint sketch (its transparency), or from a mask in Inpaint upload. Forge's own "
+    "page makes these masks black and white before anyone sees them: there use Mask blur, or the API.",
     source="Differential Diffusion: Giving Each Pixel Its Strength (Levin and Fried 2023)",
     settings=DifferentialDiffusionSettings,
     begin=begin,
