@@ -172,7 +172,7 @@ def blend_at_end(patches: Sequence[MaskBlend], blend: Any) -> None:
 def show_result(patches: Sequence[MaskBlend], p: Any, overlay: Any) -> None:
     """The original pixels that the host lays over the result (its PostProcessMaskOverlayArgs): less of them, where the
     patches say so. For a whole picture the host shows min(1, 2 mask) of the new one, for "Only masked" mask itself."""
-    if overlay.overlay_image is None or overlay.mask_for_overlay is None:
+    if not patches or overlay.overlay_image is None or overlay.mask_for_overlay is None:
         return
     usual = torch.from_numpy(np.array(overlay.mask_for_overlay.convert("L"), dtype=np.float32) / 255)
     mask = usual if getattr(p, "paste_to", None) is not None else usual / 2
