@@ -9,6 +9,7 @@ from typing import Any
 from lib_hires.plan import Plan
 from lib_hires.run import FIRST_PASS, Run
 from lib_hires.settings import Settings
+from lib_hires.sites import MaskBlend
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Generation:
     acted: set[str] = field(default_factory=set)  # technique names
     refused: dict[str, str] = field(default_factory=dict)  # technique title: reason
     rested: dict[str, str] = field(default_factory=dict)  # likewise
+    blends: list[MaskBlend] = field(default_factory=list)  # of the pass just sampled, for its last blend and overlay
     warned: dict[str, str] = field(default_factory=dict)  # technique title: what may spoil the picture
     in_stage: Mapping[str, Settings] | None = None  # what is on in the stage of the hires pass that is running
     stage: str = ""  # which one, for people

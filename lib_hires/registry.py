@@ -11,6 +11,7 @@ from lib_hires.technique import Technique
 from lib_hires.techniques.attention import near_sighted_attention, near_sighted_tile, scale_fusion, slothful
 from lib_hires.techniques.guidance import apg, cfg_norm, fresca, mahiro, pag, renorm_cfg, rescale_cfg, sag, tcfg
 from lib_hires.techniques.hires import cascade, iterative_mixing, low_band_lock, relay
+from lib_hires.techniques.inpaint import differential_diffusion
 from lib_hires.techniques.schedule import model_sampling
 from lib_hires.techniques.unet import deep_shrink, dilation, freeu
 
@@ -36,6 +37,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     cascade.TECHNIQUE,
     relay.TECHNIQUE,
     model_sampling.TECHNIQUE,
+    differential_diffusion.TECHNIQUE,
 )
 
 BY_NAME: dict[str, Technique] = {technique.name: technique for technique in TECHNIQUES}

@@ -193,6 +193,29 @@ class Ending:
         raise NotImplementedError
 
 
+class MaskBlend:
+    """The mask of an inpainting run: what may change in a call, at the end, and in the finished picture.
+
+    Masks are soft, in 0..1, 1 = repaint. Patches act in registry order, each on what the last one returned. A patch
+    that changes nothing returns the very tensor it was given, and the host blends as it would without it.
+    """
+
+    def in_force(self, mask: Tensor, call: Call) -> Tensor:
+        """The mask [B or 1, C or 1, h, w] for this call: where it is 0 the latent is held at that of the picture."""
+        return mask
+
+    def at_end(self, mask: Tensor) -> Tensor:
+        """The mask by which the run's finished latent is blended with that of the picture, shaped likewise."""
+        return mask
+
+    def shown(self, mask: Tensor, usual: Tensor) -> Tensor:
+        """How much of the new picture each pixel of the result shows, the rest is the original: 0..1, [H, W].
+
+        `mask` is the mask in pixels, exact up to 0.5 (a host may have cut off what lies above); `usual` is what the
+        host would show. Asked after the run. Never less than `usual`."""
+        return usual
+
+
 class PerturbedAttention:
     """One more prediction of cond, made with perturbed self-attention in some layers. One such patch per plan."""
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from lib_hires.run import Run
 from lib_hires.settings import Settings
 from lib_hires.topology import UNetTopology
@@ -60,6 +62,14 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One of a row of small pictures in the panel: grey values [h, w] in 0..1, 1 = white."""
+
+    caption: str
+    grey: np.ndarray
+
+
+@dataclass(frozen=True)
 class Technique:
     """One named system. `begin` raises `Refusal` or `Rest` where the technique does not act."""
 
@@ -75,4 +85,6 @@ class Technique:
     # (settings, stages.HiresPass, stages.Stage list) -> such a list: divides a hires pass; raises `Rest`, `Refusal`
     stages: Callable[[Any, Any, list[Any]], list[Any]] | None = None
     schedules: bool = False  # its patch is a `Schedule`: it begins before the sampler has its noise levels
+    preview: Callable[[Any, Run], tuple[Picture, ...]] | None = None
+    grey_mask: bool = False  # it reads an inpainting mask's grey values, which hosts round to black and white
     cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"

@@ -34,6 +34,12 @@ class HiresPlusScript(scripts.Script):
     def process_before_every_sampling(self, p, *args, x=None, noise=None, **kwargs):
         extension.attach(p, x, noise)
 
+    def on_mask_blend(self, p, mba, *args):
+        extension.blend(p, mba)
+
+    def postprocess_maskoverlay(self, p, ppmo, *args):
+        extension.overlay(p, ppmo)
+
     def postprocess_batch(self, p, *args, **kwargs):
         extension.settle(p)
 

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from lib_hires.generation import Generation
+from lib_hires.hosts import masks
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.hosts.pass_schedule import PassSchedule
 from lib_hires.model_sampling import ModelSampling
@@ -23,7 +24,7 @@ from lib_hires.plan import Plan, make_plan, schedules
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import Ending, NoisyLatent, Schedule
+from lib_hires.sites import Ending, MaskBlend, NoisyLatent, Schedule
 
 log = logging.getLogger("hires_plus")
 
@@ -176,6 +177,8 @@ class SamplingRun:
         self._plan: Plan | None = None
         self._open: Callable[[Call, Any], Any] | None = None
         self._call = ExitStack()
+        self._masked: masks.MaskedCall | None = None
+        self._masking = ExitStack()
         self._broken = False
 
     @contextmanager
@@ -185,9 +188,13 @@ class SamplingRun:
         def forward(x: Any, sigma: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 self._guarded(lambda: self._change_latent(x, sigma))
+                self._guarded(lambda: self._put_masks_on(x, sigma))
                 out = original_forward(x, sigma, *args, **kwargs)
+                if self._masked is not None:
+                    out = self._masked.finish(out)
             finally:
                 self._call.close()
+                self._take_masks_off()
             self._end(x, sigma, out)
             return out
 
@@ -195,6 +202,8 @@ class SamplingRun:
             try:
                 yield
                 self._warn_unfired()
+                if self._plan is not None and not self._broken:
+                    self._generation.blends = self._plan.at(MaskBlend)
             finally:
                 self._call.close()
                 self._finish_plan()
@@ -202,6 +211,8 @@ class SamplingRun:
     def open_call(self, params: Any) -> None:
         """Begin one denoiser call."""
         self._call.close()
+        if self._masked is not None:
+            self._masked.see(params)
         self._guarded(lambda: self._open_call(params))
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -240,6 +251,22 @@ class SamplingRun:
         level, factor = self._adapter.latent_level(self._denoiser, float(sigma[0]), self._plan.run.model)
         if any(patch.ends_after(Call(level, int(self._denoiser.step))) for patch in patches):
             raise _Ended(out if factor == 1 else (x.float() * factor - level * out.float()).to(out.dtype))
+
+    def _put_masks_on(self, x: Any, sigma: Any) -> None:
+        """Before the host's forward: it may blend before its callback comes."""
+        plan = self._current_plan()
+        patches = plan.at(MaskBlend)
+        if not patches:
+            return
+        level = masks.Level(*self._adapter.latent_level(self._denoiser, float(sigma[0]), plan.run.model))
+        call = Call(level.sigma, int(self._denoiser.step))
+        self._masked = masks.masked_call(self._denoiser, patches, x, call, level, self._start)
+        if self._masked is not None:
+            self._masking.enter_context(self._masked.open())
+
+    def _take_masks_off(self) -> None:
+        self._masked = None
+        self._masking.close()
 
     def _open_call(self, params: Any) -> None:
         """Put the patches on."""
@@ -281,6 +308,8 @@ class SamplingRun:
             start=self._start,
             hires_follows=_pass_name(self._p) == FIRST_PASS and bool(self._p.enable_hr),
             stage=self._generation.stage,
+            mask=masks.repaint_mask(self._p),
+            mask_user=masks.mask_user(self._p),
         )
 
     def _finish_plan(self) -> None:

@@ -15,6 +15,7 @@ from modules import script_callbacks, shared
 
 from lib_hires import TITLE
 from lib_hires.generation import Generation
+from lib_hires.hosts import masks
 from lib_hires.hosts import webui as host
 from lib_hires.hosts.hires_stages import attach_stages
 from lib_hires.registry import BY_NAME
@@ -78,6 +79,8 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         make_repeatable(args[0])
     generation = p.hires_plus = read_request(args, getattr(p, axes.ATTRIBUTE, None), STORE.all)
     attach_stages(p, generation)
+    if any(BY_NAME[name].grey_mask for name in generation.selection):
+        masks.keep_grey(p)
     infotext.write(p.extra_generation_params, generation)
     _tell(p, generation.notes)
     if generation.notes:
@@ -86,7 +89,9 @@ def begin(p: Any, args: Sequence[Any]) -> None:
 
 def announce(p: Any) -> None:
     """Before each batch: the previous batch's outcome is not this one's."""
+    masks.restore_rounding(p)  # the masks are made by now
     generation = _generation(p)
+    generation.blends = []
     if generation.selection and not _is_inner(p):
         infotext.write(p.extra_generation_params, generation)
 
@@ -94,6 +99,17 @@ def announce(p: Any) -> None:
 def attach(p: Any, x: Any = None, noise: Any = None) -> None:
     """Before every sampling run."""
     host.attach(p, _generation(p), x, noise)
+
+
+def blend(p: Any, arguments: Any) -> None:
+    """After every blend of latents by mask. Inside a run the masks in force stand in the denoiser already."""
+    if arguments.is_final_blend:
+        masks.blend_at_end(_generation(p).blends, arguments)
+
+
+def overlay(p: Any, arguments: Any) -> None:
+    """Before the original pixels are laid over a finished picture."""
+    masks.show_result(_generation(p).blends, p, arguments)
 
 
 def settle(p: Any) -> None:

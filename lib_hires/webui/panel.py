@@ -18,6 +18,7 @@ from lib_hires.registry import TECHNIQUES
 from lib_hires.settings import Param, Settings, params_of
 from lib_hires.technique import Technique
 from lib_hires.webui.components import component, on_change, read_values, unsaved
+from lib_hires.webui.pictures import pictures
 from lib_hires.webui.plot import DEFAULT_STEPS, plot
 from lib_hires.webui.preset_row import PresetRow
 from lib_hires.webui.presets import PresetStore
@@ -77,7 +78,7 @@ class Panel:
 
     @property
     def _plotted(self) -> list[TechniqueUI]:
-        return [ui for ui in self.techniques if ui.technique.curve is not None]
+        return [ui for ui in self.techniques if ui.technique.curve or ui.technique.preview]
 
     def _redraw(self, steps: Any, *values: Any) -> Any:
         """All plots for another step count: one request, however many techniques there are."""
@@ -110,15 +111,15 @@ def build(elem_id: Callable[[str], str], store: PresetStore, section: Section = 
 
 
 def view(technique: Technique, settings: Settings | None, notes: Sequence[str], steps: Any = DEFAULT_STEPS) -> str:
-    """The plot, and under it what is wrong with the values."""
+    """The plot and the small pictures, and under them what is wrong with the values."""
     try:
         count = int(steps)
     except (TypeError, ValueError, OverflowError):
         count = DEFAULT_STEPS
     problem = settings.problem() if settings is not None else None
     lines = [*notes, *([f"{technique.title} will not act: {problem}"] if problem else [])]
-    picture = plot(technique, settings, count) if settings is not None else ""
-    return picture + "".join(f'<div class="hires-plus-problem">{escape(line)}</div>' for line in lines)
+    drawn = plot(technique, settings, count) + pictures(technique, settings, count) if settings is not None else ""
+    return drawn + "".join(f'<div class="hires-plus-problem">{escape(line)}</div>' for line in lines)
 
 
 def _family_rank(technique: Technique) -> int:

@@ -200,3 +200,35 @@ def test_a_request_can_be_repeated_in_the_answer(extension, value):
     assert len(text) < 500
     assert json.loads(text)["deep_shrink"]["fine"] == [1, 2.5, True, None, "a"]
     make_repeatable(value)
+
+
+@pytest.mark.parametrize("asked", [{"differential_diffusion": {}}, {"deep_shrink": {}}], ids=["reads grey", "does not"])
+def test_masks_are_kept_grey_only_while_they_are_made_and_only_where_grey_is_read(extension, asked):
+    reads_grey = "differential_diffusion" in asked
+    p = P()
+    p.mask_round = True
+    extension.begin(p, (asked,))
+    cell = copy(p)  # a grid's cell, before its host made the masks
+    for one in (p, cell):
+        assert one.mask_round is not reads_grey
+        extension.announce(one)
+        assert one.mask_round is True
+    extension.begin(p, (False,))
+    assert p.mask_round is True
+
+
+def test_the_last_blend_and_the_overlay_are_those_of_the_batch_just_sampled(extension, monkeypatch):
+    seen = []
+    monkeypatch.setattr(extension.masks, "blend_at_end", lambda patches, arguments: seen.append(list(patches)))
+    monkeypatch.setattr(extension.masks, "show_result", lambda patches, p, arguments: seen.append(list(patches)))
+    p = P()
+    extension.begin(p, ({"differential_diffusion": {}},))
+    extension.announce(p)
+    p.hires_plus.blends = ["a patch"]
+    extension.blend(p, SimpleNamespace(is_final_blend=False))
+    assert not seen, "inside a run the host blends by itself"
+    extension.blend(p, SimpleNamespace(is_final_blend=True))
+    extension.overlay(p, None)
+    extension.announce(p)
+    extension.overlay(p, None)
+    assert seen == [["a patch"], ["a patch"], []]

@@ -18,11 +18,13 @@ from torch import Tensor
 from lib_hires.generation import Generation
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
+from lib_hires.hosts.bench.blend import HARD, Inpainting, latent_mask
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.model_sampling import ScheduledDenoiser
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan, prepare_plan, schedules
+from lib_hires.registry import BY_NAME
 from lib_hires.run import (
     COND,
     FIRST_PASS,
@@ -37,7 +39,7 @@ from lib_hires.run import (
     Start,
 )
 from lib_hires.samplers import Sampler
-from lib_hires.sites import Ending, NoisyLatent, Predictions, Schedule
+from lib_hires.sites import Ending, MaskBlend, NoisyLatent, Predictions, Schedule
 from lib_hires.stage_plan import plan_stages, selection_of
 from lib_hires.stages import HiresPass, Stage
 from lib_hires.topology import unet_topology
@@ -62,6 +64,8 @@ class Request:
     negative: str = ""
     init_images: Tensor | None = None  # [B, 3, H, W] in 0..1: makes it img2img
     denoise: float = 1.0  # of img2img
+    mask: Tensor | None = None  # [B or 1, 1, H, W] in 0..1, 1 = repaint: makes img2img inpainting
+    blend: str = HARD  # how it is blended, see blend.py
     hires_scale: float = 1.0  # above 1: a second pass at this multiple of the size
     hires_denoise: float = 0.6
     hires_steps: int = 0  # 0: as `steps`
@@ -152,7 +156,8 @@ class Bench:
         sigmas = levels(scheduled.wrapper)
         noise = samplers.seeded_noise(tuple(clean.shape[1:]), request.seeds)
         x = clean + noise * sigmas[0]
-        return self._sample(request, x, sigmas, scheduled, generation, result, Start(clean, noise))
+        inpainting = _inpainting(request, clean, generation) if pass_name == IMG2IMG_PASS else None
+        return self._sample(request, x, sigmas, scheduled, generation, result, Start(clean, noise), inpainting)
 
     def _hires_pass(self, request: Request, latents: Tensor, generation: Generation, result: Result) -> Tensor:
         height, width = (
@@ -193,19 +198,22 @@ class Bench:
         generation: Generation,
         result: Result,
         start: Start | None = None,
+        inpainting: Inpainting | None = None,
     ) -> Tensor:
         run = replace(
             scheduled.run,
             model=scheduled.model,
             sigmas=samplers.planned_levels(request.sampler, sigmas),
             start=start,
+            mask=None if inpainting is None else inpainting.mask,
         )
         with _planned(run, generation, result, scheduled.plan) as plan:
-            denoiser = _Denoiser(self, request, plan, scheduled.wrapper, len(sigmas) - 1)
+            denoiser = _Denoiser(self, request, plan, scheduled.wrapper, len(sigmas) - 1, inpainting)
             try:
-                return samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
+                out = samplers.run_sampler(request.sampler, denoiser, x, sigmas, request.seeds, denoiser.count_step)
             except _Ended as ended:
-                return ended.latent
+                out = ended.latent
+            return out if inpainting is None else inpainting.at_end(out, plan.at(MaskBlend))
 
     def _scheduled(self, request: Request, pass_name: str, latent: Size, generation: Generation) -> _Scheduled:
         """What a pass is sampled with, decided before its noise levels are made."""
@@ -242,6 +250,15 @@ class _Scheduled:
     plan: Plan | None
 
 
+def _inpainting(request: Request, clean: Tensor, generation: Generation) -> Inpainting | None:
+    if request.mask is None:
+        return None
+    grey = any(BY_NAME[name].grey_mask for name in generation.selection)
+    size = (int(clean.shape[-2]), int(clean.shape[-1]))
+    mask = latent_mask(request.mask, size, rounded=request.blend == HARD and not grey)
+    return Inpainting(mask, clean, request.blend)
+
+
 @contextmanager
 def _planned(run: Run, generation: Generation, result: Result, prepared: Plan | None) -> Iterator[Plan]:
     plan = make_plan(generation.current, run, prepared)
@@ -269,8 +286,12 @@ def _hires_levels(request: Request, denoise: float, wrapper: Any) -> Tensor:
 class _Denoiser:
     """CFG around the model: x [B, 4, h, w] at sigma [B] to the guided x0."""
 
-    def __init__(self, bench: Bench, request: Request, plan: Plan, wrapper: Any, steps: int) -> None:
+    def __init__(
+        self, bench: Bench, request: Request, plan: Plan, wrapper: Any, steps: int, inpainting: Inpainting | None
+    ) -> None:
         self._bench = bench
+        self._inpainting = inpainting
+        self._mask_patches = plan.at(MaskBlend)
         self._unet = HookedUnet(bench.models.unet, plan)
         self._pipeline = GuidancePipeline(plan)
         self._latent_patches = plan.at(NoisyLatent)
@@ -292,6 +313,8 @@ class _Denoiser:
             x.copy_(changed)  # the sampler goes on from it
         with self._unet.open(call):
             denoised = self._denoised(x, sigma, call)
+        if self._inpainting is not None:
+            denoised = self._inpainting.in_call(denoised, call, self._mask_patches)
         self._bench.after_call(self._step, self._steps)
         if any(patch.ends_after(call) for patch in self._ending):
             raise _Ended(denoised)
