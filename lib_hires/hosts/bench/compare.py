@@ -5,6 +5,7 @@
 ./dev bench --rows guidance --pictures 40    every guidance technique at low, normal and burning CFG
 ./dev bench --rows unet --pictures 40        every technique that acts in the UNet, above native size
 ./dev bench --rows hires --pictures 100      a second pass at twice the size: what it keeps, draws and adds
+./dev bench --rows hires-4x --pictures 20    four times the size, at once and in stages
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lib_hires.hosts.bench.model import NATIVE_SIZE, load_models
 from lib_hires.hosts.bench.pipeline import Bench, Request
 from lib_hires.hosts.bench.scenes import CAPTIONS
 from lib_hires.registry import BY_NAME, TECHNIQUES
-from lib_hires.settings import HIRES
+from lib_hires.settings import HIRES, params_of
 
 BATCH = 4
 
@@ -99,13 +100,21 @@ UNET_ROWS: dict[str, Row] = {
 UNET_GROUP = ("native", "naive", "composition", *UNET_ROWS)
 
 
-def _hires(title: str, denoise: float, *presets: tuple[str, str], **changes: Mapping[str, object]) -> Row:
-    only_there = {name: {"passes": HIRES} | dict(changes.get(name, {})) for name, _ in presets}
-    return Row(title, 2 * _N, 2 * _N, presets, changes=only_there, hires_scale=2.0, hires_denoise=denoise)
+def _hires(
+    title: str, denoise: float, *presets: tuple[str, str], scale: int = 2, **changes: Mapping[str, object]
+) -> Row:
+    """Techniques that have a pass choice act in the hires pass only."""
+    only_there = {
+        name: ({"passes": HIRES} if "passes" in params_of(BY_NAME[name].settings) else {}) | dict(changes.get(name, {}))
+        for name, _ in presets
+    }
+    return Row(title, scale * _N, scale * _N, presets, changes=only_there, hires_scale=scale, hires_denoise=denoise)
 
 
 _MIXING = ("iterative_mixing", "FreeScale")
 _LOCK = ("low_band_lock", "Default")
+_RELAY = ("relay", "Fast 2x")
+_CASCADE = ("cascade", "2x at most per stage")
 HIRES_ROWS: dict[str, Row] = {
     "hires-fix": _hires("hires fix, denoise 0.7", 0.7),
     "mixing-0.5": _hires("iterative mixing, alpha 0.5", 1.0, _MIXING, iterative_mixing={"alpha": 0.5}),
@@ -113,9 +122,17 @@ HIRES_ROWS: dict[str, Row] = {
     "mixing-3": _hires("iterative mixing, alpha 3", 1.0, _MIXING, iterative_mixing={"alpha": 3.0}),
     "lock": _hires("low-band lock, denoise 0.7", 0.7, _LOCK),
     "freescale": _hires("FreeScale, denoise 0.7", 0.7, _MIXING, _DILATION, _FUSION),
+    "relay": _hires("relay", 1.0, _RELAY),
+    "relay-lock": _hires("relay, low-band lock", 1.0, _RELAY, _LOCK),
+}
+HIRES_4X_ROWS: dict[str, Row] = {
+    "hires-fix-4x": _hires("hires fix 4x at once", 0.7, scale=4),
+    "cascade-4x": _hires("cascade 2x, 2x", 0.7, _CASCADE, scale=4),
+    "cascade-lock-4x": _hires("cascade 2x, 2x, low-band lock", 0.7, _CASCADE, _LOCK, scale=4),
 }
 # the first is where every hires pass begins, the second what sampling at the size costs
 HIRES_GROUP = ("native", "naive", *HIRES_ROWS)
+HIRES_4X_GROUP = ("native", "naive", *HIRES_4X_ROWS)
 GUIDANCE = tuple(technique for technique in TECHNIQUES if technique.family == "Guidance")
 CFG_SCALES = (4.0, 7.5, 15.0)  # low, normal, burning
 
@@ -129,9 +146,15 @@ def _guidance_rows(cfg_scale: float) -> Iterator[tuple[str, Row]]:
 
 
 GUIDANCE_ROWS = {name: row for cfg_scale in CFG_SCALES for name, row in _guidance_rows(cfg_scale)}
-ROWS = SIZE_ROWS | UNET_ROWS | HIRES_ROWS | GUIDANCE_ROWS
+ROWS = SIZE_ROWS | UNET_ROWS | HIRES_ROWS | HIRES_4X_ROWS | GUIDANCE_ROWS
 GUIDANCE_ROWS_HELP = "a guidance technique and a CFG scale (pag-7.5, cfg-15)"
-GROUPS = {"sizes": tuple(SIZE_ROWS), "unet": UNET_GROUP, "hires": HIRES_GROUP, "guidance": tuple(GUIDANCE_ROWS)}
+GROUPS = {
+    "sizes": tuple(SIZE_ROWS),
+    "unet": UNET_GROUP,
+    "hires": HIRES_GROUP,
+    "hires-4x": HIRES_4X_GROUP,
+    "guidance": tuple(GUIDANCE_ROWS),
+}
 DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
 
 
@@ -339,7 +362,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
-    known = f"{', '.join(SIZE_ROWS | UNET_ROWS | HIRES_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
+    known = f"{', '.join(SIZE_ROWS | UNET_ROWS | HIRES_ROWS | HIRES_4X_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {known}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg-scale", type=float, default=3.0)
