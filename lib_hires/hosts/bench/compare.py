@@ -362,7 +362,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="./dev bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--pictures", type=int, default=12, help="pictures per row (default 12)")
-    known = f"{', '.join(SIZE_ROWS | UNET_ROWS | HIRES_ROWS | HIRES_4X_ROWS)}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
+    rows = ", ".join(SIZE_ROWS | UNET_ROWS | HIRES_ROWS | HIRES_4X_ROWS)
+    known = f"{rows}, {GUIDANCE_ROWS_HELP}, or a group: {', '.join(GROUPS)}"
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help=f"of {known}")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cfg-scale", type=float, default=3.0)
