@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from lib_hires.guidance import GuidancePipeline
+from lib_hires.hosts import others
 from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
 from lib_hires.hosts.a1111_schedule import counts_timesteps, scheduled, start_latent
 from lib_hires.hosts.ldm_unet import HookedUnet
@@ -55,6 +56,9 @@ class A1111:
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)
+
+    def other_attention(self, sd_model: Any) -> list[str]:
+        return others.on_modules(self.unet_identity(sd_model))
 
     def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         network = self.unet_identity(sd_model)

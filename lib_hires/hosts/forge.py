@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lib_hires.guidance import GuidancePipeline
+from lib_hires.hosts import others
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.hosts.patcher_guidance import install_guidance
 from lib_hires.hosts.patcher_schedule import levels_name, scheduled
@@ -63,6 +64,9 @@ class Forge:
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)
+
+    def other_attention(self, sd_model: Any) -> list[str]:
+        return others.on_patcher(sd_model.forge_objects.unet)
 
     def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         functions = _host_functions()

@@ -24,7 +24,15 @@ from lib_hires.plan import Plan, make_plan, schedules
 from lib_hires.registry import BY_NAME
 from lib_hires.run import FIRST_PASS, HIRES_PASS, IMG2IMG_PASS, Call, ModelFacts, Run, Size, Start
 from lib_hires.samplers import Sampler
-from lib_hires.sites import Ending, MaskBlend, NoisyLatent, Schedule
+from lib_hires.sites import (
+    Ending,
+    MaskBlend,
+    NoisyLatent,
+    PerturbedAttention,
+    RecordedAttention,
+    Schedule,
+    SelfAttention,
+)
 
 log = logging.getLogger("hires_plus")
 
@@ -57,6 +65,9 @@ class HostAdapter(Protocol):
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         """Noise levels of a run, from the arguments of the sampler function."""
+
+    def other_attention(self, sd_model: Any) -> list[str]:
+        """What other extensions have put on the network's self-attention, and who acts then, for people."""
 
     def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         """Prepare a plan on the current model; returns a function that opens a call (with the callback's parameters)
@@ -292,6 +303,9 @@ class SamplingRun:
         self._open = self._adapter.installation(self._p.sd_model, self._plan) if in_calls else None
         if not self._plan.is_empty:
             log.info(self._plan.report())
+        if any(self._plan.at(site) for site in (SelfAttention, PerturbedAttention, RecordedAttention)):
+            for other in self._adapter.other_attention(self._p.sd_model):
+                log.info(f"self-attention is also changed by another extension: {other}")
 
     def _facts(self) -> Run:
         model = self._adapter.model_facts(self._p.sd_model)
