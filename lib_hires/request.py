@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib_hires.generation import Generation
+from lib_hires.recipes import RECIPES, find_recipe
 from lib_hires.registry import BY_NAME, TECHNIQUES
 from lib_hires.settings import Param, Settings, Unusable, params_of, read_settings
 from lib_hires.technique import Technique
 
 ENABLED, PRESET = "enabled", "preset"  # what a request may say about a technique beside its parameters
+RECIPE = "recipe"  # and beside the techniques
 
 Raw = Mapping[str, Any]  # {field name, "enabled" or "preset": value as it arrived}
 Axes = Mapping[tuple[str, str], Any]  # {(technique name, field): value of an X/Y/Z cell}
@@ -87,13 +89,16 @@ def _by_position(args: Sequence[Any], notes: list[str]) -> dict[str, Raw]:
 
 
 def _by_name(args: Sequence[Any], notes: list[str]) -> dict[str, Raw]:
-    asked: dict[str, Raw] = {}
+    asked = _of_recipe(args[0].get(RECIPE), notes)
     for name, value in args[0].items():
+        if name == RECIPE:
+            continue
         if name not in BY_NAME:
             notes.append(f"unknown technique {name!r} is ignored (known: {', '.join(BY_NAME)})")
         elif isinstance(value, Mapping):
             on = True if value.get(ENABLED) is None else value[ENABLED]
-            asked[name] = {**value, ENABLED: on}
+            below = {} if PRESET in value else asked.get(name, {})
+            asked[name] = {**below, **value, ENABLED: on}
         elif isinstance(value, bool):
             asked[name] = {ENABLED: value}
         else:
@@ -101,6 +106,22 @@ def _by_name(args: Sequence[Any], notes: list[str]) -> dict[str, Raw]:
     if _were_sent(args[1:]):
         notes.append("values after the dictionary are ignored: put them into it")
     return asked
+
+
+def _of_recipe(wanted: Any, notes: list[str]) -> dict[str, Raw]:
+    """What a recipe asks for; the other keys of the request go over it."""
+    if wanted is None:
+        return {}
+    recipe = find_recipe(wanted) if isinstance(wanted, str) else None
+    if recipe is None:
+        known = ", ".join(repr(each.name) for each in RECIPES)
+        notes.append(f"recipe {_printable(wanted)!r} is unknown and ignored (known: {known})")
+        return {}
+    return {name: {ENABLED: True, **_values(settings)} for name, settings in recipe.selection.items()}
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in params_of(settings)}
 
 
 def _were_sent(values: Sequence[Any]) -> bool:

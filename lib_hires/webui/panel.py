@@ -22,6 +22,7 @@ from lib_hires.webui.pictures import pictures
 from lib_hires.webui.plot import DEFAULT_STEPS, plot
 from lib_hires.webui.preset_row import PresetRow
 from lib_hires.webui.presets import PresetStore
+from lib_hires.webui.recipe_row import RecipeRow
 
 Section = Callable[[str, str], tuple[Any, Any]]
 """(label, elem_id) -> (switch component, context to build the section's content in)"""
@@ -102,11 +103,13 @@ def build(elem_id: Callable[[str], str], store: PresetStore, section: Section = 
     built: dict[str, TechniqueUI] = {}
     title = f"{TITLE} {__version__}"
     with unsaved(gr.Accordion(title, open=False, elem_id=elem_id("panel"), elem_classes=["hires-plus"])):
+        recipes = RecipeRow(elem_id)
         for family, members in groupby(sorted(TECHNIQUES, key=_family_rank), key=lambda technique: technique.family):
             with gr.Column(elem_classes=["hires-plus-list"]):
                 gr.HTML(f'<div class="hires-plus-family">{escape(family)}</div>')
                 for technique in members:
                     built[technique.name] = _technique(technique, elem_id, store, section)
+        recipes.connect({name: ui.arguments for name, ui in built.items()})
     return Panel([built[technique.name] for technique in TECHNIQUES])
 
 
