@@ -85,8 +85,8 @@ class Tab:
             self.ours("deep_shrink").locator(".label-wrap").first.click()
             self.ours("deep_shrink_factor").wait_for(state="visible")
 
-    def is_on(self) -> bool:
-        return bool(self.switch.is_checked())
+    def is_on(self, technique: str = "deep_shrink") -> bool:
+        return bool(self.ours(f"{technique}-visible-checkbox").is_checked())
 
     # -- values
 

@@ -294,3 +294,13 @@ def test_img2img_on_the_page(page, webui, tmp_path):
     tab.generate()
     assert "DeepShrink: on" in tab.infotext()
     assert distance(tab.picture(), wanted.picture) < 1
+
+
+def test_a_recipe_sets_several_sections(page, webui):
+    tab = page.tab("txt2img")
+    tab.open_panel()
+    tab.choose("recipe", "4x cascade")
+    page.screenshot("a recipe", tab.panel)
+    assert tab.is_on("cascade") and tab.is_on("low_band_lock") and not tab.is_on("relay")
+    tab.choose("recipe", "Fast 2x (relay)")
+    assert tab.is_on("relay") and tab.is_on("low_band_lock") and not tab.is_on("cascade")
