@@ -29,6 +29,8 @@ def plan_stages(generation: Generation, hires: HiresPass) -> list[Stage]:
 def _divided(technique: Technique, generation: Generation, hires: HiresPass, stages: list[Stage]) -> list[Stage]:
     assert technique.stages is not None
     try:
+        if hires.masked:
+            raise Rest("a mask belongs to one size")
         divided = list(technique.stages(generation.selection[technique.name], hires, stages))
     except Rest as rest:
         generation.rested[technique.title] = str(rest)

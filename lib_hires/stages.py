@@ -41,6 +41,7 @@ class HiresPass:
     target: Size
     first: Run | None = None
     steps: int | None = None  # asked for by the user
+    masked: bool = False  # inpainting: a mask belongs to one size
 
 
 def even_factors(scale: float, largest: float) -> tuple[float, ...]:

@@ -59,7 +59,9 @@ class TextStages:
         self._generation = generation
         self._announced = False  # p samples several batches
 
-    def run(self, host_pass: HostPass, samples: Any, decoded: Any, *rest: Any, **more: Any) -> Any:
+    def run(
+        self, host_pass: HostPass, samples: Any, decoded: Any, seeds: Any, subseeds: Any, strength: Any, prompts: Any
+    ) -> Any:
         p = self._p
         base = _pixels(decoded) if decoded is not None else _cells(samples)
         target = (int(p.hr_upscale_to_y), int(p.hr_upscale_to_x))
@@ -69,12 +71,12 @@ class TextStages:
         finished: Any = None
         for number, stage in enumerate(stages):
             with self._stage(number, stages):
-                made = host_pass(samples, decoded, *rest, **more)
+                made = host_pass(samples, decoded, seeds, subseeds, strength, prompts)
             if finished is not None and _stopped():
                 return finished  # the last stage that is whole
             finished, samples, decoded = made, self._generation.latent, _stacked(made)
             if stage.save:
-                _save(p, decoded, number, *rest)
+                _save(p, decoded, number, seeds, prompts)
         return finished
 
     @contextmanager
@@ -126,18 +128,16 @@ class ImageStages:
                     return finished
                 finished = made
                 if stage.save:
-                    _save(p, _decoded(p, finished), number, p.seeds, p.subseeds, 0, p.prompts)
+                    _save(p, _decoded(p, finished), number, p.seeds, p.prompts)
         finally:
             p.init_latent = given
         return finished
 
     def _plan(self, target: Size) -> list[Stage]:
         p = self._p
-        if getattr(p, "mask", None) is not None or getattr(p, "image_mask", None) is not None:
-            self._generation.rested["Cascade"] = "a mask belongs to one size"
-            return [Stage(target)]
+        masked = getattr(p, "mask", None) is not None or getattr(p, "image_mask", None) is not None
         width, height = p.init_images[0].size
-        return plan_stages(self._generation, HiresPass((height, width), target))
+        return plan_stages(self._generation, HiresPass((height, width), target, masked=masked))
 
     def _values(self, stage: Stage) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -220,7 +220,7 @@ def _more_jobs(count: int) -> None:
         shared.state.job_count += count
 
 
-def _save(p: Any, pictures: Any, number: int, seeds: Any, _subseeds: Any, _strength: Any, prompts: Any) -> None:
+def _save(p: Any, pictures: Any, number: int, seeds: Any, prompts: Any) -> None:
     """Save the pictures [B, 3, H, W] (-1..1) of a stage beside the final ones."""
     import numpy as np
     from modules import images, shared

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lib_hires.generation import Generation
 from lib_hires.noise import NoiseSchedule
-from lib_hires.run import FIRST_PASS, HIRES_PASS, ModelFacts, Run
+from lib_hires.run import FIRST_PASS, HIRES_PASS, Call, ModelFacts, Run
 from lib_hires.settings import Unusable, read_settings
 from lib_hires.stage_plan import divides, plan_stages, selection_of
 from lib_hires.stages import HiresPass, Stage, even_factors, scaled, sizes
@@ -110,6 +110,12 @@ def test_planning_notes_what_acted_and_what_rests():
     assert set(generation.rested) == {"Cascade", "Relay"}
 
 
+def test_a_mask_belongs_to_one_size():
+    generation = Generation({"cascade": CascadeSettings(factors="2, 2")})
+    assert plan_stages(generation, HiresPass((64, 64), (256, 256), masked=True)) == [Stage((256, 256))]
+    assert "mask" in generation.rested["Cascade"] and not generation.acted
+
+
 @given(share=st.floats(0.05, 0.9), scale=st.sampled_from([1.0, 1.5, 2.0, 4.0]))
 def test_the_relay_hands_over_at_equal_signal_to_noise_ratio(share, scale):
     """MegaFusion's abar' = abar / (gamma - (gamma - 1) abar), as long as the schedule reaches that far."""
@@ -129,8 +135,6 @@ def test_the_relay_hands_over_at_equal_signal_to_noise_ratio(share, scale):
 def test_the_relay_ends_the_first_pass_at_the_same_level():
     run = first_pass()
     patch = relay.begin(RelaySettings(share=0.3), run)
-    from lib_hires.run import Call
-
     ends = [patch.ends_after(Call(float(torch.tensor(sigma)), 0)) for sigma in run.sigmas[:20]]
     assert ends.index(True) == 14 and patch.fired  # 70 % of 20 steps, counted from 0
 
