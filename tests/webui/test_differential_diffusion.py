@@ -78,7 +78,8 @@ def test_every_sampler(webui, sampler):
     before, free = original(webui), paint(webui, None, Image.new("L", (SIZE, SIZE), 255), **request).picture
     assert same(on.picture[black], before[black])
     assert distance(on.picture[dark], free[dark]) > 1 and distance(on.picture[dark], before[dark]) > 1
-    assert same(paint(webui, **request).picture, off.picture)
+    # Forge itself repeats its first picture with some samplers in all but the last bits
+    assert distance(paint(webui, **request).picture, off.picture) < (0.1 if webui.host == FORGE else 1e-9)
 
 
 def test_a_batch_and_several_in_turn(webui):
