@@ -15,8 +15,6 @@ AXES = (TIMESTEP, STEP, LOG_SIGMA)
 
 Position = Callable[[float], float]
 
-_FEWEST_LEVELS = 3  # a run that plans fewer gives only its range: an adaptive sampler
-
 
 def position_in(run: Run, axis: str) -> Position:
     """Noise level to position.
@@ -35,9 +33,9 @@ def _by_timestep(run: Run) -> Position:
 
 
 def _by_step(run: Run) -> Position:
-    levels = sorted({sigma for sigma in run.sigmas if sigma > 0})
-    if len(levels) < _FEWEST_LEVELS:
+    if not run.lists_steps:
         return _by_log_sigma(run)
+    levels = sorted({sigma for sigma in run.sigmas if sigma > 0})
     return _along(levels, [step / len(levels) for step in reversed(range(len(levels)))])
 
 

@@ -68,6 +68,11 @@ class Run:
     def sigma_first(self) -> float:
         return max(self.sigmas)
 
+    @property
+    def lists_steps(self) -> bool:
+        """Whether `sigmas` are the run's steps one by one; adaptive samplers give only the ends of their range."""
+        return len(self.sigmas) > 2 or self.sigmas[-1] == 0
+
     def elapsed(self, sigma: float) -> float:
         """The fraction of this pass that lies behind at noise level sigma, in training time.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from lib_hires.generation import Generation
 from lib_hires.registry import BY_NAME, TECHNIQUES
@@ -63,6 +64,21 @@ def selection_of(stage: Stage, selection: Selection) -> tuple[dict[str, Settings
             chosen[name], told = _changed(name, chosen[name], raw)
             notes += told
     return chosen, notes
+
+
+@contextmanager
+def in_stage(generation: Generation, number: int, stages: Sequence[Stage]) -> Iterator[None]:
+    """While it is open, runs of this generation have the techniques of one stage, with their values in it."""
+    generation.in_stage, notes = selection_of(stages[number], generation.selection)
+    generation.notes += [note for note in notes if note not in generation.notes]
+    for note in notes:
+        log.warning(note)
+    if len(stages) > 1:
+        generation.stage = "clean-up" if stages[number].cleanup else f"stage {number + 1} of {len(stages)}"
+    try:
+        yield
+    finally:
+        generation.in_stage, generation.stage = None, ""
 
 
 def _changed(name: str, settings: Settings, raw: Mapping[str, str]) -> tuple[Settings, list[str]]:

@@ -48,11 +48,8 @@ class A1111:
         level = float(params.sigma[0])
         return facts.schedule.sigma(level) if counts_timesteps(params.denoiser) else level
 
-    def latent_level(self, denoiser: Any, level: float, facts: ModelFacts) -> tuple[float, float]:
-        if not counts_timesteps(denoiser):
-            return level, 1.0
-        sigma = facts.schedule.sigma(level)
-        return sigma, (1 + sigma**2) ** 0.5
+    def counts_timesteps(self, denoiser: Any) -> bool:
+        return counts_timesteps(denoiser)
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)

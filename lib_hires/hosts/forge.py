@@ -56,11 +56,8 @@ class Forge:
     def call_sigma(self, params: Any, facts: ModelFacts) -> float:
         return float(params.sigma[0])  # Forge has turned timesteps into sigmas by now
 
-    def latent_level(self, denoiser: Any, level: float, facts: ModelFacts) -> tuple[float, float]:
-        if not getattr(denoiser, "classic_ddim_eps_estimation", False):
-            return level, 1.0
-        sigma = facts.schedule.sigma(level)
-        return sigma, (1 + sigma**2) ** 0.5
+    def counts_timesteps(self, denoiser: Any) -> bool:
+        return bool(getattr(denoiser, "classic_ddim_eps_estimation", False))
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         return planned_sigmas(arguments, facts.schedule.sigma)

@@ -7,20 +7,19 @@ next beginning, and puts everything back. Both go with `p`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from lib_hires.generation import Generation
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.run import Size
-from lib_hires.stage_plan import divides, plan_stages, selection_of
+from lib_hires.stage_plan import divides, in_stage, plan_stages
 from lib_hires.stages import CELL, HiresPass, Stage
-
-log = logging.getLogger("hires_plus")
 
 _METHODS = ("sample_hr_pass", "sample")
 _OURS = "hires_plus_stages"
@@ -118,7 +117,8 @@ class ImageStages:
             return host_sample(*args, **more)
         _more_jobs(len(stages) - 1)
         given, finished = p.init_latent, None
-        try:
+        kept = {name: getattr(p, name) for name in ("init_latent", "image_conditioning", "rng", "sampler")}
+        with _attributes(p, kept):  # the next batch begins with them
             for number, stage in enumerate(stages):
                 if number or stage.size != target:
                     self._begin(given if finished is None else finished, stage.size)
@@ -129,8 +129,6 @@ class ImageStages:
                 finished = made
                 if stage.save:
                     _save(p, _decoded(p, finished), number, p.seeds, p.prompts)
-        finally:
-            p.init_latent = given
         return finished
 
     def _plan(self, target: Size) -> list[Stage]:
@@ -165,21 +163,6 @@ class ImageStages:
             seed_resize_from_w=p.seed_resize_from_w,
         )
         p.sampler = sd_samplers.create_sampler(p.sampler_name, p.sd_model)
-
-
-@contextmanager
-def in_stage(generation: Generation, number: int, stages: Sequence[Stage]) -> Iterator[None]:
-    """The techniques of one stage, with their values in it."""
-    generation.in_stage, notes = selection_of(stages[number], generation.selection)
-    generation.notes += [note for note in notes if note not in generation.notes]
-    if len(stages) > 1:
-        generation.stage = "clean-up" if stages[number].cleanup else f"stage {number + 1} of {len(stages)}"
-    for note in notes:
-        log.warning(note)
-    try:
-        yield
-    finally:
-        generation.in_stage, generation.stage = None, ""
 
 
 @contextmanager
@@ -222,20 +205,22 @@ def _more_jobs(count: int) -> None:
 
 def _save(p: Any, pictures: Any, number: int, seeds: Any, prompts: Any) -> None:
     """Save the pictures [B, 3, H, W] (-1..1) of a stage beside the final ones."""
-    import numpy as np
     from modules import images, shared
     from modules.processing import create_infotext
-    from PIL import Image
 
     for index, picture in enumerate(pictures):
-        array = ((picture.clamp(-1, 1) + 1) * 127.5).cpu().numpy().transpose(1, 2, 0).astype(np.uint8)
         info = create_infotext(
             p, p.all_prompts, p.all_seeds, p.all_subseeds, [], iteration=p.iteration, position_in_batch=index
         )
         images.save_image(
-            Image.fromarray(array), p.outpath_samples, "", seeds[index], prompts[index], shared.opts.samples_format,
+            _image(picture), p.outpath_samples, "", seeds[index], prompts[index], shared.opts.samples_format,
             info=info, p=p, suffix=f"-stage-{number + 1}",
         )  # fmt: skip
+
+
+def _image(picture: Any) -> Image.Image:
+    """A picture [3, H, W] in -1..1 as the host's upscalers and files take it."""
+    return Image.fromarray(((picture.clamp(-1, 1) + 1) * 127.5).cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
 
 
 def _decoded(p: Any, latent: Any) -> Any:
@@ -248,18 +233,13 @@ def _decoded(p: Any, latent: Any) -> Any:
 
 def _resized(p: Any, pictures: Any, size: Size) -> tuple[Any, Any]:
     """(pictures in 0..1, latents) at `size`, by the host's upscaler for img2img."""
-    import numpy as np
     from modules import devices, images, shared
     from modules.sd_samplers_common import images_tensor_to_samples
-    from PIL import Image
 
     height, width = size
     resized = []
     for picture in pictures:
-        array = ((picture.clamp(-1, 1) + 1) * 127.5).cpu().numpy().transpose(1, 2, 0).astype(np.uint8)
-        image = images.resize_image(
-            0, Image.fromarray(array), width, height, upscaler_name=shared.opts.upscaler_for_img2img
-        )
+        image = images.resize_image(0, _image(picture), width, height, upscaler_name=shared.opts.upscaler_for_img2img)
         resized.append(torch.from_numpy(np.array(image).astype(np.float32) / 255).permute(2, 0, 1))
     tensor = torch.stack(resized).to(shared.device, dtype=getattr(devices, "dtype_vae", torch.float32))
     return tensor, images_tensor_to_samples(tensor, None, p.sd_model)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from lib_hires.hosts.instance import instance_attribute
+from lib_hires.hosts.level import Level
 from lib_hires.run import Call, Start
 from lib_hires.sites import MaskBlend
 
@@ -59,19 +59,6 @@ def mask_user(p: Any) -> str:
             arguments = p.script_args[script.args_from : script.args_to]
             return _SOFT_INPAINTING if len(arguments) and arguments[0] else ""
     return ""
-
-
-@dataclass(frozen=True)
-class Level:
-    """Where a call stands. `sigma` of its latent in VE scaling, and the factor from the host's scaling to that."""
-
-    sigma: float
-    factor: float
-
-    @property
-    def returns_eps(self) -> bool:
-        """Denoisers that take VP latents (factor sqrt(1 + sigma^2)) return eps, the others x0."""
-        return self.factor != 1.0
 
 
 class MaskedCall:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from lib_hires.generation import Generation
 from lib_hires.hosts import masks
 from lib_hires.hosts.instance import instance_attribute
+from lib_hires.hosts.level import Level
 from lib_hires.hosts.pass_schedule import PassSchedule
 from lib_hires.model_sampling import ModelSampling
 from lib_hires.plan import Plan, make_plan, schedules
@@ -60,8 +61,8 @@ class HostAdapter(Protocol):
     def call_sigma(self, params: Any, facts: ModelFacts) -> float:
         """Noise level (VE scaling) of a cfg_denoiser callback."""
 
-    def latent_level(self, denoiser: Any, level: float, facts: ModelFacts) -> tuple[float, float]:
-        """(noise level, factor to our scaling) of a latent that a sampler hands to its denoiser as of `level`."""
+    def counts_timesteps(self, denoiser: Any) -> bool:
+        """Whether samplers hand this denoiser training timesteps with VP latents, and get eps (DDIM, PLMS, UniPC)."""
 
     def sigmas(self, sampler: Any, arguments: Mapping[str, Any], facts: ModelFacts) -> tuple[float, ...]:
         """Noise levels of a run, from the arguments of the sampler function."""
@@ -245,13 +246,20 @@ class SamplingRun:
         patches = plan.at(NoisyLatent)
         if not patches:
             return
-        level, factor = self._adapter.latent_level(self._denoiser, float(sigma[0]), plan.run.model)
-        call = Call(level, int(self._denoiser.step))
-        before = changed = x.float() * factor
+        level, call = self._about(sigma, plan)
+        before = changed = x.float() * level.factor
         for patch in patches:
             changed = patch.before_call(changed, call)
         if changed is not before:
-            x.copy_(changed / factor)
+            x.copy_(changed / level.factor)
+
+    def _about(self, sigma: Any, plan: Plan) -> tuple[Level, Call]:
+        """Where a call stands that a sampler makes at `sigma`, or at a timestep where its denoiser counts those."""
+        level = float(sigma[0])
+        if not self._adapter.counts_timesteps(self._denoiser):
+            return Level(level, 1.0), Call(level, int(self._denoiser.step))
+        level = plan.run.model.schedule.sigma(level)
+        return Level(level, (1 + level**2) ** 0.5), Call(level, int(self._denoiser.step))
 
     def _end(self, x: Any, sigma: Any, out: Any) -> None:
         """Leave the sampler if a patch says so. What a denoiser returns is x0, or eps where it counts timesteps."""
@@ -259,9 +267,9 @@ class SamplingRun:
         if not patches:
             return
         assert self._plan is not None
-        level, factor = self._adapter.latent_level(self._denoiser, float(sigma[0]), self._plan.run.model)
-        if any(patch.ends_after(Call(level, int(self._denoiser.step))) for patch in patches):
-            raise _Ended(out if factor == 1 else (x.float() * factor - level * out.float()).to(out.dtype))
+        level, call = self._about(sigma, self._plan)
+        if any(patch.ends_after(call) for patch in patches):
+            raise _Ended(level.denoised(x, out) if level.returns_eps else out)
 
     def _put_masks_on(self, x: Any, sigma: Any) -> None:
         """Before the host's forward: it may blend before its callback comes."""
@@ -269,8 +277,7 @@ class SamplingRun:
         patches = plan.at(MaskBlend)
         if not patches:
             return
-        level = masks.Level(*self._adapter.latent_level(self._denoiser, float(sigma[0]), plan.run.model))
-        call = Call(level.sigma, int(self._denoiser.step))
+        level, call = self._about(sigma, plan)
         self._masked = masks.masked_call(self._denoiser, patches, x, call, level, self._start)
         if self._masked is not None:
             self._masking.enter_context(self._masked.open())

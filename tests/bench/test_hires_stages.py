@@ -24,7 +24,7 @@ def test_every_stage_is_a_run_of_its_own_size(bench):
         ("", (4, 6)),
         ("stage 1 of 3", (8, 12)),
         ("stage 2 of 3", (16, 24)),
-        ("stage 3 of 3", (16, 24)),
+        ("clean-up", (16, 24)),
     ]
     assert generation.acted == {"cascade"} and generation.in_stage is None
     assert result.images.shape[-2:] == (128, 192) and result.latents.isfinite().all()

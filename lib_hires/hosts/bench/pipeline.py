@@ -40,7 +40,7 @@ from lib_hires.run import (
 )
 from lib_hires.samplers import Sampler
 from lib_hires.sites import Ending, MaskBlend, NoisyLatent, Predictions, Schedule
-from lib_hires.stage_plan import plan_stages, selection_of
+from lib_hires.stage_plan import in_stage, plan_stages
 from lib_hires.stages import HiresPass, Stage
 from lib_hires.topology import unet_topology
 
@@ -169,12 +169,8 @@ class Bench:
         )
         stages = plan_stages(generation, asked)
         for number, stage in enumerate(stages):
-            generation.in_stage, _ = selection_of(stage, generation.selection)
-            generation.stage = f"stage {number + 1} of {len(stages)}" if len(stages) > 1 else ""
-            try:
+            with in_stage(generation, number, stages):
                 latents = self._hires_stage(request, latents, stage, generation, result)
-            finally:
-                generation.in_stage, generation.stage = None, ""
         return latents
 
     def _hires_stage(

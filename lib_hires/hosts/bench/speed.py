@@ -90,6 +90,7 @@ NATIVE_CASES = tuple(
 )
 FREEU_SHAPES = ((2, 1280, 32, 32), (2, 640, 64, 64))
 MOST_MEMORY = 1.3  # times plain
+UNET_FAMILIES = ("Composition", "Quality", "Attention")
 HEAD = f"{'one UNet evaluation, batch 2':34} latent  plain s   with s  ratio  bound  reached"
 
 
@@ -161,7 +162,7 @@ def memory(repeats: int) -> None:
     plain = peak_bytes(evaluation)
     print(f"{'peak memory, SD 1.5 at 128x128':34} {'MiB':>6} {'of plain':>9}  preset that takes most")
     print(f"{'plain':34} {plain / 2**20:6.0f} {1:9.3f}")
-    for technique in (technique for technique in TECHNIQUES if technique.family != "Guidance"):
+    for technique in (technique for technique in TECHNIQUES if technique.family in UNET_FAMILIES):
         taken = {
             preset: peak_bytes(evaluation, evaluation.with_technique(technique.name, settings))
             for preset, settings in technique.presets.items()

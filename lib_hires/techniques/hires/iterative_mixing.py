@@ -31,6 +31,7 @@ from lib_hires.progress import AXES, STEP, TIMESTEP, position_in
 from lib_hires.run import FLOW, Call, Run, Start
 from lib_hires.settings import Settings, choice, number, passes_choice, toggle
 from lib_hires.sites import Guidance, NoisyLatent, Predictions
+from lib_hires.stages import HIRES_FAMILY
 from lib_hires.technique import Curve, Patch, Rest, Technique
 from lib_hires.unsampler import NoisedReference, unsample
 
@@ -41,7 +42,6 @@ MAPS = (NO_MAP, AUTOMATIC)
 FOLLOWS, INVENTS, FREE = "follows the picture", "adds detail", "free"
 
 _SAME_LEVEL = 1e-4  # relative; hosts hand noise levels over rounded
-_FEWEST_LEVELS = 3  # a run that plans fewer gives only its range: an adaptive sampler
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ class LatentMixingPatch(MixingPatch, NoisyLatent):
 
     def __init__(self, settings: IterativeMixingSettings, run: Run, start: Start) -> None:
         super().__init__(settings, run, start)
-        planned = () if run.sampler.keeps_latent else tuple({sigma for sigma in run.sigmas if sigma > 0})
-        self._planned = planned if len(planned) >= _FEWEST_LEVELS else ()
+        all_levels = run.sampler.keeps_latent or not run.lists_steps
+        self._planned = () if all_levels else tuple({sigma for sigma in run.sigmas if sigma > 0})
 
     def before_call(self, x: Tensor, call: Call) -> Tensor:
         if self._planned and not any(abs(call.sigma - level) <= _SAME_LEVEL * level for level in self._planned):
@@ -256,7 +256,7 @@ def curve(settings: IterativeMixingSettings, run: Run) -> Curve:
 TECHNIQUE = Technique(
     name="iterative_mixing",
     title="Iterative mixing",
-    family="Hires pass",
+    family=HIRES_FAMILY,
     summary="Keeps the composition of the small picture through Hires. fix or img2img at high denoising strength, and "
     "lets new detail grow: use it with a denoising strength of 0.7 to 1.",
     source="DemoFusion (Du et al. 2024), FreeScale (Qiu et al. 2025); ComfyUI Iterative Mixing nodes",

@@ -23,6 +23,7 @@ from lib_hires.low_band import gaussian_low, haar_level, haar_low
 from lib_hires.run import Run, Start
 from lib_hires.settings import Settings, choice, number, passes_choice, window_start
 from lib_hires.sites import Predictions
+from lib_hires.stages import HIRES_FAMILY
 from lib_hires.technique import Rest, Technique
 from lib_hires.techniques.guidance.windowed import WindowedGuidance
 from lib_hires.window import Windowed
@@ -100,7 +101,7 @@ def begin(settings: LowBandLockSettings, run: Run) -> LowBandLockPatch:
 TECHNIQUE = Technique(
     name="low_band_lock",
     title="Low-band lock",
-    family="Hires pass",
+    family=HIRES_FAMILY,
     summary="Holds the coarse structure of the small picture for the first part of Hires. fix or img2img, so that a "
     "high denoising strength changes detail and not composition.",
     source="DiffuseHigh (Kim et al. 2025), FAM Diffusion (Yang et al. 2025)",

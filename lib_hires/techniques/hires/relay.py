@@ -56,7 +56,7 @@ def denoise_from(sigmas: tuple[float, ...], sigma: float) -> float:
 
 def _listed(run: Run) -> tuple[float, ...]:
     """The run's noise levels, step by step. Raises `Refusal` where the sampler does not tell them."""
-    if len(run.sigmas) < 3:
+    if not run.lists_steps:
         raise Refusal("this sampler chooses its own steps, so nobody knows where to hand over: choose another sampler")
     ends = run.sigmas if run.sigmas[-1] == 0 else (*run.sigmas, 0.0)
     return tuple(ends)
