@@ -57,6 +57,9 @@ def selection_of(stage: Stage, selection: Selection) -> tuple[dict[str, Settings
     for name, settings in selection.items():
         if not (stage.cleanup and BY_NAME[name].family == HIRES_FAMILY):
             chosen[name] = settings
+    for name, raw in stage.suggested.items():
+        if name in chosen:
+            chosen[name], _ = _changed(name, chosen[name], raw)
     for name, raw in stage.changes.items():
         if name not in BY_NAME:
             notes.append(f"stage setting of unknown technique {name!r} is ignored (known: {', '.join(BY_NAME)})")

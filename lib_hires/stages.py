@@ -29,6 +29,7 @@ class Stage:
     steps: int | None = None
     cfg_scale: float | None = None
     changes: Changes = field(default_factory=dict)  # settings of techniques that differ in this stage
+    suggested: Changes = field(default_factory=dict)  # likewise, but not asked for: nobody is told where it is moot
     cleanup: bool = False  # at the size of the stage before, to smooth what it left
     save: bool = False  # whether its picture is wanted beside the final one
 
@@ -42,6 +43,7 @@ class HiresPass:
     first: Run | None = None
     steps: int | None = None  # asked for by the user
     masked: bool = False  # inpainting: a mask belongs to one size
+    native: Size | None = None  # what the model was trained at
 
 
 def even_factors(scale: float, largest: float) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from lib_hires.generation import Generation
 from lib_hires.hosts.instance import instance_attribute
+from lib_hires.hosts.webui import adapter_for
 from lib_hires.run import Size
 from lib_hires.stage_plan import divides, in_stage, plan_stages
 from lib_hires.stages import CELL, HiresPass, Stage
@@ -65,7 +66,8 @@ class TextStages:
         base = _pixels(decoded) if decoded is not None else _cells(samples)
         target = (int(p.hr_upscale_to_y), int(p.hr_upscale_to_x))
         asked = int(getattr(p, "hr_second_pass_steps", 0) or 0) or None
-        stages = plan_stages(self._generation, HiresPass(base, target, self._generation.first, asked))
+        hires = HiresPass(base, target, self._generation.first, asked, native=_native(p))
+        stages = plan_stages(self._generation, hires)
         self._announce(stages)
         finished: Any = None
         for number, stage in enumerate(stages):
@@ -135,7 +137,7 @@ class ImageStages:
         p = self._p
         masked = getattr(p, "mask", None) is not None or getattr(p, "image_mask", None) is not None
         width, height = p.init_images[0].size
-        return plan_stages(self._generation, HiresPass((height, width), target, masked=masked))
+        return plan_stages(self._generation, HiresPass((height, width), target, masked=masked, native=_native(p)))
 
     def _values(self, stage: Stage) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -175,6 +177,11 @@ def _attributes(target: Any, values: dict[str, Any]) -> Iterator[None]:
 
 def _last_growing(stages: Sequence[Stage]) -> Stage:
     return [stage for stage in stages if not stage.cleanup][-1]
+
+
+def _native(p: Any) -> Size:
+    height, width = adapter_for(p.sd_model).model_facts(p.sd_model).native
+    return height * CELL, width * CELL
 
 
 def _pixels(images: Any) -> Size:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib_hires.hosts.bench import compare, speed
+from lib_hires.hosts.bench import compare_rows, speed
 from lib_hires.hosts.bench.evaluation import META, SD15, Evaluation, Network, operations, peak_bytes
 from lib_hires.registry import BY_NAME
 from lib_hires.techniques.attention.near_sighted_tile import NearSightedTileSettings
@@ -113,17 +113,17 @@ def test_bad_arguments_of_the_cost_tables_are_named(arguments, capsys):
 
 
 def test_a_row_changes_a_preset_and_nothing_else():
-    generation = compare.ROWS["tiles-alone"].generation()
+    generation = compare_rows.ROWS["tiles-alone"].generation()
     settings = generation.selection["near_sighted_tile"]
     assert isinstance(settings, NearSightedTileSettings)
-    changed = compare.ROWS["tiles-alone"].changes["near_sighted_tile"]
+    changed = compare_rows.ROWS["tiles-alone"].changes["near_sighted_tile"]
     preset = BY_NAME["near_sighted_tile"].presets["Native tiles, fast"]
     assert settings == replace(preset, **changed) and settings != preset
 
 
 def test_every_row_of_the_unet_group_acts_at_its_size():
-    for name in compare.GROUPS["unet"]:
-        row = compare.ROWS[name]
+    for name in compare_rows.GROUPS["unet"]:
+        row = compare_rows.ROWS[name]
         evaluation = Evaluation(Network(64, 2, (16, 16)), row.width // 8, META)
         for technique, settings in row.generation().selection.items():
             patches = evaluation.plan(technique, settings)[0].patches

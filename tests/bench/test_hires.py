@@ -1,12 +1,15 @@
 """The techniques of the hires pass inside the bench: real UNet, real samplers, the host's reference."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lib_hires.generation import Generation
-from lib_hires.hosts.bench import compare, samplers
+from lib_hires.hosts.bench import compare_rows, samplers
 from lib_hires.hosts.bench.pipeline import Request
 from lib_hires.registry import BY_NAME
 from lib_hires.techniques.hires.iterative_mixing import DENOISED, LATENT, IterativeMixingSettings
@@ -64,18 +67,30 @@ def test_they_compose_with_what_acts_inside_the_unet_and_on_guidance(bench):
 
 
 def test_every_row_of_the_hires_group_acts_in_its_hires_pass(bench):
-    for name in compare.HIRES_ROWS:
-        row = compare.ROWS[name]
+    for name in compare_rows.HIRES_ROWS | compare_rows.RECIPE_ROWS:
+        row = compare_rows.ROWS[name]
         request = Request(("a red disc",), (1,), 128, 128, steps=3, hires_scale=2.0, hires_denoise=row.hires_denoise)
         result = bench.generate(request, row.generation())
         assert (row.width, row.height) == tuple(result.images.shape[-2:])
-        asked = set(row.generation().selection)
+        asked = {name for name in row.selection() if BY_NAME[name].begin is not None}  # a cascade only divides
         relayed = asked & {"relay"}  # it ends the first pass; the others wait for the second
         assert set(result.plans[0].patches) == relayed and set(result.plans[1].patches) == asked - relayed
         assert not result.plans[1].unfired()
 
 
-def test_work_is_counted_in_cells(bench):
-    before = bench.unet_cells
-    draw(bench, replace(REQUEST, prompts=("a red disc",), seeds=(1,), hires_denoise=0.5))
-    assert bench.unet_cells - before == 2 * (4 * 8 * 8 + 4 * 12 * 12)  # cond and uncond, four steps each
+def test_work_is_counted_as_on_the_meta_device(bench):
+    """Four evaluations of cond and uncond at each size, counted without being computed."""
+    with bench.unet.counting():
+        draw(bench, replace(REQUEST, prompts=("a red disc",), seeds=(1,), hires_denoise=0.5))
+    on_meta = copy.deepcopy(bench.models.unet).to("meta")
+    words = bench.models.text.encode(["a red disc"]).shape[-2:]
+
+    def once(side):
+        x, t, c = (torch.empty(shape, device="meta") for shape in ((2, 4, side, side), (2,), (2, *words)))
+        with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            on_meta(x, t, context=c)
+        return counter.get_total_flops()
+
+    assert bench.unet.operations == 4 * once(8) + 4 * once(12)
+    draw(bench)
+    assert bench.unet.operations == 4 * once(8) + 4 * once(12), "counted only where it is asked for"

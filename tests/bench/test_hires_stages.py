@@ -46,6 +46,24 @@ def test_settings_change_with_the_stage(bench):
     assert told[0] != told[1]
 
 
+@pytest.mark.parametrize(
+    ("cascade", "factors"),
+    [
+        (CascadeSettings(), ["2", "4"]),
+        (CascadeSettings(cleanup=0.2), ["2", "4", "4"]),
+        (CascadeSettings(changes="deep_shrink.factor = 3, 5"), ["3", "5"]),
+        (CascadeSettings(follow_size=False), ["1.5", "1.5"]),
+        (CascadeSettings(factors="4"), ["1.5"]),
+    ],
+)
+def test_deep_shrink_follows_the_size_of_the_stages(bench, cascade, factors):
+    generation = Generation({"cascade": cascade, "deep_shrink": DeepShrinkSettings(factor=1.5)})
+    plans = bench.generate(request(width=128, height=128, steps=1), generation).plans
+    told = [plan.patches["deep_shrink"].describe().split(" from ")[0] for plan in plans[1:]]
+    assert told == [f"block 3 shrunk by {factor}" for factor in factors]
+    assert not generation.notes
+
+
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "DPM adaptive"])
 def test_a_relay_saves_evaluations_with_every_sampler(bench, sampler):
     asked = request(hires_scale=2.0, steps=8, sampler=sampler)

@@ -20,6 +20,7 @@ from lib_hires.hosts.bench.scenes import COLOURS, render, sample_scene
 
 # Half way between the shares of its bounding box that a shape fills: diamond 1/2, disc pi/4, square 1.
 _DIAMOND_DISC, _DISC_SQUARE = (1 / 2 + math.pi / 4) / 2, (math.pi / 4 + 1) / 2
+_MEDIAN_OF_NORMAL = 0.6745  # of the size of a value with standard deviation 1
 _LUMA = np.array([0.299, 0.587, 0.114])
 _BINS = 32
 _HIGH_BAND = 0.25  # cycles per pixel: what a picture of half the size cannot hold
@@ -59,13 +60,28 @@ def cross_scale_psnr(picture: np.ndarray, base: np.ndarray) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
+def grain(picture: np.ndarray) -> float:
+    """Noise of a picture's plain areas in grey levels (standard deviation, if it is white).
+
+    The median size of the diagonal Haar details, which edges and stripes hardly move (Donoho and Johnstone 1994).
+    """
+    height, width = (side // 2 * 2 for side in picture.shape[:2])
+    light = picture[:height, :width] @ _LUMA
+    diagonal = light[::2, ::2] - light[::2, 1::2] - light[1::2, ::2] + light[1::2, 1::2]
+    return float(np.median(np.abs(diagonal)) / 2 / _MEDIAN_OF_NORMAL)
+
+
 def radial_spectrum(pictures: Iterable[np.ndarray]) -> np.ndarray:
-    """Mean power of luminance per ring of spatial frequency, [_BINS], from 0 to half a cycle per pixel.
+    """The mean of `power_spectra`: [_BINS]."""
+    return np.mean(power_spectra(pictures), axis=0)
+
+
+def power_spectra(pictures: Iterable[np.ndarray]) -> np.ndarray:
+    """Power of luminance per ring of spatial frequency, [pictures, _BINS], from 0 to half a cycle per pixel.
 
     A Hann window keeps the picture's edges, which do not meet, out of the high frequencies.
     """
-    spectra = [_power(picture) for picture in pictures]
-    return np.mean(spectra, axis=0)
+    return np.stack([_power(picture) for picture in pictures])
 
 
 def _power(picture: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.bench import samplers, webui_ldm
 from lib_hires.hosts.bench.blend import HARD, Inpainting, latent_mask
 from lib_hires.hosts.bench.model import LATENT_FACTOR, BenchModels
+from lib_hires.hosts.bench.operations import Counted
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.model_sampling import ScheduledDenoiser
 from lib_hires.noise import NoiseSchedule
@@ -114,7 +115,7 @@ class Bench:
         self.models = models
         self.after_call = after_call
         self.unet_calls = 0
-        self.unet_cells = 0  # latent cells of all rows of all calls: what they cost, about
+        self.unet = Counted(models.unet)
         self._wrapper = samplers.import_k_diffusion().external.CompVisDenoiser(_Eps(self, models.alphas_cumprod))
         native = models.native_size // LATENT_FACTOR
         schedule = NoiseSchedule.from_alphas_cumprod(models.alphas_cumprod.tolist())
@@ -165,7 +166,11 @@ class Bench:
             for side in (request.height, request.width)
         )
         asked = HiresPass(
-            (request.height, request.width), (height, width), generation.first, request.hires_steps or None
+            (request.height, request.width),
+            (height, width),
+            generation.first,
+            request.hires_steps or None,
+            native=(self.models.native_size, self.models.native_size),
         )
         stages = plan_stages(generation, asked)
         for number, stage in enumerate(stages):
@@ -355,5 +360,4 @@ class _Eps:
 
     def apply_model(self, x: Tensor, timestep: Tensor, cond: Tensor) -> Tensor:
         self._bench.unet_calls += 1
-        self._bench.unet_cells += x.shape[0] * x.shape[-2] * x.shape[-1]
-        return self._bench.models.unet(x, timestep, context=cond)
+        return self._bench.unet(x, timestep, context=cond)

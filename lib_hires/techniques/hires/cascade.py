@@ -10,13 +10,15 @@ advice of ComfyUI-Iterative-Mixer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lib_hires.run import Size
 from lib_hires.settings import Settings, number, text, toggle
 from lib_hires.stages import (
     HIRES_FAMILY,
+    Changes,
     HiresPass,
     Stage,
     changes_of,
@@ -105,6 +107,12 @@ class CascadeSettings(Settings):
         help='Other settings that differ between stages, as "deep_shrink.factor = 2, 4; iterative_mixing.alpha = 3, 1" '
         "(names of the API). The technique must be switched on in its own section.",
     )
+    follow_size: bool = toggle(
+        True,
+        label="DeepShrink follows the stages",
+        help="With several stages DeepShrink's factor is each stage's size / native size, instead of the same in all "
+        "(restrained dilation's automatic factor does so anyway). A factor under Settings per stage goes before.",
+    )
     cleanup: float = number(
         0.0, 0.0, 0.5, 0.01,
         label="Clean-up denoise",
@@ -123,10 +131,18 @@ def divide(settings: CascadeSettings, hires: HiresPass, stages: list[Stage]) -> 
     divided = [_stage(settings, number_, size) for number_, size in enumerate(found)]
     if settings.cleanup > 0:
         divided.append(Stage(found[-1], denoise=settings.cleanup, cleanup=True))
+    if settings.follow_size and hires.native is not None and len(found) > 1:
+        divided = [replace(stage, suggested=_following(stage.size, hires.native)) for stage in divided]
     if divided == stages:
         height, width = hires.target
         raise Rest(f"{width}x{height} is one stage, with nothing of its own")
     return divided
+
+
+def _following(size: Size, native: Size) -> Changes:
+    """Settings that go by how much larger a stage is than what the model was trained at."""
+    larger = max(1.0, math.sqrt(math.prod(size) / math.prod(native)))
+    return {"deep_shrink": {"factor": f"{larger:.4g}"}}
 
 
 def _even(hires: HiresPass, largest: float) -> list[Size]:
