@@ -99,7 +99,7 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
 
     @functools.wraps(original)  # hosts read the function's signature to decide what to pass
     def run_sampler(model: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal spent
+        nonlocal spent, start
         if sampler.func is run_sampler:
             sampler.func = original
         # another extension may have wrapped this wrapper, and call it inside a run of ours or in a later batch
@@ -110,10 +110,13 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
         arguments = inspect.signature(original).bind_partial(model, x, *args, **kwargs).arguments | kwargs
         told = Sampler(original.__name__, float(arguments.get("eta") or 0), float(arguments.get("s_churn") or 0))
         adapter = adapter_for(p.sd_model)
-        if schedule and schedule.sampling and start:
-            x = adapter.start_latent(p, schedule.steps, x, start.noise, schedule.sampling)
+        # this function refers to itself and waits for the garbage collector: the latents must not wait with it, or
+        # those of all stages of a hires pass would add up
+        begun, start = start, None
+        if schedule and schedule.sampling and begun:
+            x = adapter.start_latent(p, schedule.steps, x, begun.noise, schedule.sampling)
         try:
-            with SamplingRun(adapter, p, generation, x, arguments, told, start, schedule).active():
+            with SamplingRun(adapter, p, generation, x, arguments, told, begun, schedule).active():
                 generation.latent = original(model, x, *args, **kwargs)
         except _Ended as ended:
             generation.latent = ended.latent
@@ -125,16 +128,16 @@ def attach(p: Any, generation: Generation, x: Any = None, noise: Any = None) -> 
 
 def _attach_schedule(p: Any, generation: Generation, x: Any, function: Any) -> PassSchedule:
     """The schedule of a pass has to be in force before the sampler computes its noise levels."""
+    cells = None if x is None else (int(x.shape[-2]), int(x.shape[-1]))  # x itself would outlive its pass here
 
     def prepared_run() -> Run:
         model = adapter_for(p.sd_model).model_facts(p.sd_model)
         levels = model.schedule.sigmas
-        latent = (p.height // 8, p.width // 8) if x is None else (int(x.shape[-2]), int(x.shape[-1]))
         return Run(
             host=adapter_for(p.sd_model).name,
             pass_name=_pass_name(p),
             model=model,
-            latent=latent,
+            latent=cells or (p.height // 8, p.width // 8),
             sigmas=(float(levels[-1]), float(levels[0])),
             sampler=Sampler(function.__name__),
         )

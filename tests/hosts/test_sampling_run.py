@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from lib_hires.hosts import webui
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.run import ModelFacts
+from lib_hires.techniques.schedule.model_sampling import ModelSamplingSettings
 from lib_hires.techniques.unet.deep_shrink import DeepShrinkSettings
 from lib_hires.topology import unet_topology
 from tests.doubles import LdmMiniUNet
@@ -124,6 +126,18 @@ def test_one_sampler_for_several_batches(p):
         webui.attach(p, shrink())
         assert not torch.equal(sample(p), plain)
         assert_untouched(p)
+
+
+@pytest.mark.parametrize("also", [{}, {"model_sampling": ModelSamplingSettings(prediction="v")}])
+def test_the_latents_that_a_pass_began_from_go_with_it(p, also, without_collector):
+    p.is_hr_pass = p.enable_hr = True
+    x, noise = torch.ones(1, 4, 32, 32), torch.ones(1, 4, 32, 32)
+    alive = [weakref.ref(x), weakref.ref(noise)]
+    webui.attach(p, Generation({"deep_shrink": DeepShrinkSettings()} | also), x, noise)
+    wrapper = p.sampler.func  # as another extension may keep it
+    sample(p)
+    del x, noise
+    assert wrapper is not p.sampler.func and [latent() for latent in alive] == [None, None]
 
 
 def test_another_extension_may_wrap_around_ours(p, caplog):

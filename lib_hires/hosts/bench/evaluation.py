@@ -12,7 +12,7 @@ width takes a second and no memory, and the result depends on no machine and no 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +126,7 @@ def operations(evaluation: Evaluation, patched: Patched = nullcontext) -> int:
 
 def peak_bytes(evaluation: Evaluation, patched: Patched = nullcontext) -> int:
     """The most bytes held at once by tensors made during one evaluation on the meta device."""
-    with _FusedAttention(), _LiveBytes(evaluation.held()) as live:
+    with _FusedAttention(), LiveBytes(evaluation.held()) as live:
         evaluation(patched)
     return live.peak
 
@@ -143,11 +143,12 @@ class _FusedAttention(TorchFunctionMode):
         return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages on the meta device that operations made and that are still referred to, and their peak."""
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages on a device that operations made and that are still referred to, and their peak."""
 
-    def __init__(self, held: list[Tensor]) -> None:
+    def __init__(self, held: Iterable[Tensor], device: str = META) -> None:
         super().__init__()
+        self._device = device
         self._known = {tensor.untyped_storage()._cdata for tensor in held}
         self._now = 0
         self.peak = 0
@@ -155,7 +156,7 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.device.type == META:
+            if isinstance(leaf, Tensor) and leaf.device.type == self._device:
                 self._note(leaf.untyped_storage())
         return out
 
