@@ -191,9 +191,9 @@
 
         // in 64ths of the longer side
         placeOf(event) {
-            const box = this.canvas.getBoundingClientRect();
+            const {clientWidth, clientHeight} = this.canvas;
             const [wide, high] = this.shape();
-            return [(event.clientX - box.left) / box.width * wide, (event.clientY - box.top) / box.height * high];
+            return [event.offsetX / clientWidth * wide, event.offsetY / clientHeight * high];
         }
 
         stroke(to) {
@@ -238,6 +238,7 @@
 
         say(words) {
             this.message.textContent = words;
+            this.canvas.setAttribute("aria-label", `Painted map. ${words}`);
         }
 
         draw() {
@@ -249,7 +250,7 @@
             const isBlank = !this.text && !this.pointer;
             canvas.classList.toggle("hires-plus-blank", isBlank);
             if (this.backdrop) context.drawImage(this.backdrop, 0, 0, canvas.width, canvas.height);
-            context.globalAlpha = this.backdrop ? 0.6 : isBlank ? 0 : 1;
+            context.globalAlpha = isBlank ? 0 : this.backdrop ? 0.6 : 1;
             context.imageSmoothingEnabled = false;
             context.drawImage(this.cells(), 0, 0, canvas.width, canvas.height);
             context.globalAlpha = 1;
@@ -287,7 +288,6 @@
                 onpointerleave: () => { this.hover = null; this.draw(); },
             });
             this.canvas.setAttribute("role", "img");
-            this.canvas.setAttribute("aria-label", "Painted map");
             this.message = make("div", {className: "hires-plus-message"});
             this.message.setAttribute("aria-live", "polite");
             const tools = make("div", {className: "hires-plus-tools"}, ...this.tools(), this.message);
