@@ -60,6 +60,7 @@ BAD = {
     "truncated": (BLOB[:-8], "is not the 1536 bytes"),
     "too short": (text_of("8x8", zlib.compress(bytes(31))), "is not the 32 bytes"),
     "too long": (text_of("8x8", zlib.compress(bytes(33))), "is not the 32 bytes"),
+    "without its checksum": (text_of("8x8", zlib.compress(bytes(32))[:-4]), "is not the 32 bytes"),
     "more behind it": (text_of("8x8", zlib.compress(bytes(32)) + b"more"), "is not the 32 bytes"),
     "a bomb": (text_of("8x8", zlib.compress(bytes(2_000_000))), "is not the 32 bytes"),
     "a long text": ("8x8." + "A" * 10_000_000, "at most 64x64 cells"),
