@@ -76,6 +76,7 @@
             const [field, choice] = words.map(name => name.slice(prefix.length));
             const section = this.block.closest(".hires-plus-row").parentElement;
             const list = section.querySelector(`[id$="_${field}"] input`);
+            if (!list) return true;
             // while a list is open its box has what is typed to search it
             if (list !== document.activeElement || list.value === choice) this.used = list.value === choice;
             return this.used ?? false;
@@ -85,7 +86,7 @@
             const turn = ++this.turn;
             this.text = text;
             let map = this.blank();
-            let words = 'Paint, or upload a picture: white gets "Alpha", black "Alpha elsewhere".';
+            let words = "Paint here, or upload a picture.";
             if (text) {
                 try {
                     map = await hiresPlusMap.decode(text);
@@ -101,9 +102,14 @@
             const turn = ++this.turn;
             const text = await hiresPlusMap.encode(this.map);
             if (turn !== this.turn) return;
+            this.change(text);
+            this.show(this.map);
+        }
+
+        change(text) {
+            if (text === this.text) return;
             this.remember();
             this.write(text);
-            this.show(this.map);
         }
 
         write(text) {
@@ -113,7 +119,7 @@
         }
 
         remember() {
-            if (this.text !== undefined) this.past = [...this.past, this.text].slice(-MOST_STEPS_BACK);
+            this.past = [...this.past, this.text].slice(-MOST_STEPS_BACK);
         }
 
         replace(map) {
@@ -132,8 +138,7 @@
         }
 
         clear() {
-            this.remember();
-            this.write("");
+            this.change("");
             this.load("");
         }
 
@@ -335,6 +340,7 @@
 
     function followAll() {
         for (const block of page().querySelectorAll(".hires-plus-painting")) {
+            if (!block.querySelector("[data-testid=textbox]")) continue; // gradio is still building it
             if (!paintings.has(block)) paintings.set(block, new Painting(block));
             paintings.get(block).follow();
         }
