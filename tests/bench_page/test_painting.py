@@ -53,7 +53,10 @@ class Easel:
                 mouse.down()
         mouse.up()
         expect(self.text).not_to_have_value(before, timeout=SLOW)
-        mouse.move(box["x"], box["y"] - 20)  # off the canvas, where no ring of the brush is drawn
+        mouse.move(1, 1)  # off the canvas, so that no ring of the brush is drawn on it
+        is_off = "canvas => !canvas.matches(':hover')"
+        self.opened.page.wait_for_function(is_off, arg=self.canvas.element_handle(), timeout=SLOW)
+        self.opened.page.wait_for_timeout(300)
 
     def use(self, name: str) -> None:
         before = self.text.input_value()
