@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,9 @@ def detail_map(latent: Tensor, softness: float) -> Tensor:
     return ((strength - low) / torch.maximum(high - low, smallest)).clamp(0, 1)
 
 
-def between(outside: float, inside: float, mask: Tensor) -> Tensor:
-    """A value per cell [B, 1, h, w] for a mask of the same shape: `outside` at 0, `inside` at 1."""
-    return outside + (inside - outside) * mask
+Mask = TypeVar("Mask", float, Tensor)
+
+
+def between(outside: float, inside: float, mask: Mask) -> Mask:
+    """A value for each of a mask: exactly `outside` at 0, exactly `inside` at 1."""
+    return outside * (1 - mask) + inside * mask

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lib_hires import uploaded_map
 from lib_hires.generation import Generation
 from lib_hires.recipes import RECIPES, find_recipe
 from lib_hires.registry import BY_NAME, TECHNIQUES
-from lib_hires.settings import Param, Settings, Unusable, params_of, read_settings
+from lib_hires.settings import Param, Settings, Unusable, excerpt, params_of, read_settings
 from lib_hires.technique import Technique
 
 ENABLED, PRESET = "enabled", "preset"  # what a request may say about a technique beside its parameters
@@ -52,7 +53,7 @@ def read_technique(
     try:
         if not _is_on(raw):
             return None, []
-        values = {name: _printable(value) for name, value in raw.items() if name not in (ENABLED, PRESET)}
+        values = {name: _sent(technique, name, raw[name]) for name in raw if name not in (ENABLED, PRESET)}
         settings, notes = read_settings(technique.settings, values, _preset(technique, raw, presets))
     except Unusable as error:
         return None, [f"{technique.title} is off: {error}"]
@@ -139,6 +140,17 @@ def _with_axes(asked: Mapping[str, Raw], axes: Axes) -> dict[str, Raw]:
         below = {} if PRESET in cell else merged.get(name, {})  # a preset speaks for every setting
         merged[name] = {**below, ENABLED: True, **cell}
     return merged
+
+
+def _sent(technique: Technique, field: str, value: Any) -> Any:
+    """The value of a setting as its declaration reads it: a picture file stands for the map that it shows."""
+    param = params_of(technique.settings).get(field)
+    if param is None or param.kind != "painting":
+        return _printable(value)
+    try:
+        return uploaded_map.as_map(_printable(value))
+    except ValueError as error:
+        raise Unusable(f"{param.label} = {excerpt(value)}: {error} ({param.accepts})") from None
 
 
 def _is_on(raw: Raw) -> bool:

@@ -1,6 +1,7 @@
 """One declaration per parameter.
 
-A technique's settings are a frozen dataclass of fields made with `toggle`, `integer`, `number`, `choice`, `text`.
+A technique's settings are a frozen dataclass of fields made with `toggle`, `integer`, `number`, `choice`, `text`,
+`painting`.
 Everything that a user meets (component, infotext, X/Y/Z axis, preset, API key, parameter table, error text) derives
 from these declarations; nothing else repeats a range or a default.
 """
@@ -13,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from lib_hires import painted_map
+
 FIRST, HIRES, BOTH = "First pass", "Hires pass", "Both"
 PASS_CHOICES = (BOTH, FIRST, HIRES)
 
 _YES = {"true", "on", "yes", "1"}
 _NO = {"false", "off", "no", "0"}
+_LONGEST_EXCERPT = 80
 
 
 class Unusable(ValueError):
@@ -28,7 +32,7 @@ class Unusable(ValueError):
 class Param:
     """How one parameter looks, what it accepts and what it means."""
 
-    kind: str  # toggle, integer, number, choice or text
+    kind: str  # toggle, integer, number, choice, text or painting
     default: Any
     label: str
     help: str
@@ -36,7 +40,9 @@ class Param:
     maximum: float | None = None
     step: float | None = None
     choices: tuple[str, ...] = ()
-    check: Callable[[str], object] | None = None  # text only: raises ValueError on bad grammar
+    check: Callable[[str], object] | None = None  # text and painting: raises ValueError on bad grammar
+    shown_with: tuple[str, str] | None = None  # painting only: the field and its choice that make use of it
+    formerly: str = ""  # the label that older infotexts have
 
     @property
     def accepts(self) -> str:
@@ -47,6 +53,8 @@ class Param:
             return ", ".join(self.choices)
         if self.kind == "text":
             return "text"
+        if self.kind == "painting":
+            return f"{painted_map.ACCEPTS}; over the API also a PNG or JPEG in base64"
         return f"{self.minimum:g} to {self.maximum:g}"
 
     def read(self, raw: Any) -> tuple[Any, str | None]:
@@ -114,8 +122,13 @@ def _read_text(param: Param, raw: Any) -> tuple[str, str | None]:
         try:
             param.check(value)
         except ValueError as error:
-            raise Unusable(f"{raw!r}: {error}") from None
+            raise Unusable(f"{excerpt(raw)}: {error}") from None
     return value, None
+
+
+def excerpt(raw: str) -> str:
+    """A text in a message: the beginning of one that nobody could read."""
+    return repr(raw) if len(raw) <= _LONGEST_EXCERPT else f"{raw[:_LONGEST_EXCERPT]!r}..."
 
 
 _READERS: Mapping[str, Callable[[Param, Any], tuple[Any, str | None]]] = {
@@ -124,6 +137,7 @@ _READERS: Mapping[str, Callable[[Param, Any], tuple[Any, str | None]]] = {
     "integer": _read_integer,
     "choice": _read_choice,
     "text": _read_text,
+    "painting": _read_text,
 }
 
 
@@ -138,8 +152,11 @@ def toggle(default: bool, *, label: str, help: str) -> Any:
     return _field(Param("toggle", default, label, help))
 
 
-def number(default: float, minimum: float, maximum: float, step: float, *, label: str, help: str) -> Any:
-    return _field(Param("number", float(default), label, help, float(minimum), float(maximum), float(step)))
+def number(
+    default: float, minimum: float, maximum: float, step: float, *, label: str, help: str, formerly: str = ""
+) -> Any:
+    bounds = (float(minimum), float(maximum), float(step))
+    return _field(Param("number", float(default), label, help, *bounds, formerly=formerly))
 
 
 def integer(default: int, minimum: int, maximum: int, *, label: str, help: str) -> Any:
@@ -152,6 +169,11 @@ def choice(default: str, choices: Sequence[str], *, label: str, help: str) -> An
 
 def text(default: str, *, check: Callable[[str], object] | None = None, label: str, help: str) -> Any:
     return _field(Param("text", default, label, help, check=check))
+
+
+def painting(*, shown_with: tuple[str, str], label: str, help: str) -> Any:
+    """A map that is painted in the panel, as text; empty unless one is painted (see painted_map.py)."""
+    return _field(Param("painting", "", label, help, check=painted_map.check, shown_with=shown_with))
 
 
 def passes_choice() -> Any:

@@ -24,7 +24,14 @@ def component(param: Param, elem_id: str) -> Any:
         return unsaved(gr.Dropdown(choices=list(param.choices), **shared))
     if param.kind == "text":
         return unsaved(gr.Textbox(max_lines=1, **shared))
+    if param.kind == "painting":
+        return unsaved(gr.Textbox(max_lines=1, elem_classes=["hires-plus-painting", *_shown_with(param)], **shared))
     return unsaved(gr.Slider(minimum=param.minimum, maximum=param.maximum, step=param.step, **shared))
+
+
+def _shown_with(param: Param) -> list[str]:
+    """For javascript/hires_plus_painting.js: with which field's choice there is something to paint."""
+    return [f"hires-plus-with-{word}" for word in param.shown_with or ()]
 
 
 def on_change(watched: Sequence[Any], answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:

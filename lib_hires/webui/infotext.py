@@ -110,11 +110,19 @@ def read(technique: Technique, params: Mapping[str, Any]) -> tuple[bool, Setting
     """(on, settings, notes) from infotext parameters. Settings are None where the text does not switch it on; where it
     does and cannot be understood, the technique is off and its settings are the defaults.
     """
-    raw = {field: params[name] for field in positional_fields(technique) if (name := key(technique, field)) in params}
+    known = {field: _key_in(params, technique, field) for field in positional_fields(technique)}
+    raw = {field: params[name] for field, name in known.items() if name in params}
     settings, notes = read_technique(technique, raw)
     if settings is None and notes:
         return False, technique.settings(), notes
     return settings is not None, settings, notes
+
+
+def _key_in(params: Mapping[str, Any], technique: Technique, field: str) -> str:
+    """The key of a field, or the one that an older infotext has for it."""
+    now = key(technique, field)
+    formerly = "" if field == ENABLED else params_of(technique.settings)[field].formerly
+    return f"{technique.title} {formerly}" if formerly and now not in params else now
 
 
 def _carrier(technique: Technique) -> str | None:

@@ -150,8 +150,16 @@ def _technique(
 
 def _in_pairs(params: dict[str, Param], elem_id: Callable[[str], str]) -> list[Any]:
     components = []
-    names = list(params)
-    for pair in (names[i : i + 2] for i in range(0, len(names), 2)):
+    for names in _rows(params):
         with gr.Row(elem_classes=["hires-plus-row"]):
-            components += [component(params[name], elem_id(name)) for name in pair]
+            components += [component(params[name], elem_id(name)) for name in names]
     return components
+
+
+def _rows(params: dict[str, Param]) -> list[list[str]]:
+    """Pairs of fields in their order; a painting has a row of its own."""
+    rows: list[list[str]] = []
+    for is_painting, names in groupby(params, key=lambda name: params[name].kind == "painting"):
+        group, width = list(names), 1 if is_painting else 2
+        rows += [group[i : i + width] for i in range(0, len(group), width)]
+    return rows

@@ -1,121 +1,14 @@
-"""The bench page in a real browser, on both generations of gradio that the hosts use."""
+"""The panel on the bench page: plots, presets, problems, a picture and its infotext."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import pytest
-from playwright.sync_api import ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
 from lib_hires.registry import TECHNIQUES
 
-ROOT = Path(__file__).parents[2]
-PYTHONS = {"gradio 3.41.2": Path(sys.executable), "gradio 4.40.0": ROOT / ".venv-gradio4/bin/python"}
-START_SECONDS = 120
-SLOW = 60_000  # milliseconds: the machine may be busy
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Opened:
-    page: Page
-    generation: str
-    errors: list[str] = field(default_factory=list)
-
-    def element(self, name: str) -> Locator:
-        return self.page.locator(f"#{name}").first  # gradio gives an HTML block and its content the same id
-
-    def number(self, name: str) -> Locator:
-        return self.element(name).locator("input[type=number]").first
-
-    def set_number(self, name: str, value: float) -> None:
-        self.number(name).fill(str(value))
-        self.number(name).press("Enter")
-        self.number(name).blur()
-
-    @property
-    def plot(self) -> str:
-        return self.element("bench_deep_shrink_view").inner_html()
-
-    def screenshot(self, name: str) -> None:
-        folder = os.environ.get("HIRES_SCREENSHOTS")
-        if folder:
-            file = Path(folder) / f"bench-{self.generation.replace(' ', '-')}-{name}.png"
-            self.page.screenshot(path=file, full_page=True)
-
-
-@pytest.fixture(scope="module", params=list(PYTHONS))
-def server(request, tmp_path_factory) -> Iterator[tuple[str, str]]:
-    python = PYTHONS[request.param]
-    if not python.exists():
-        pytest.skip(f"{python} is missing: ./dev test makes it")
-    port, log = free_port(), tmp_path_factory.mktemp("page") / "server.log"
-    presets = tmp_path_factory.mktemp("presets") / "presets.json"
-    command = [str(python), "-m", "lib_hires.hosts.bench.page", "--port", str(port), "--presets", str(presets)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        wait_for(port, process, log)
-        yield request.param, f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.3)
-    pytest.fail(f"the page did not start:\n{log.read_text()[-3000:]}")
-
-
-@pytest.fixture
-def opened(server) -> Iterator[Opened]:
-    generation, address = server
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "the browser tests need Chromium: apt install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        result = Opened(page, generation)
-        page.route("**", lambda route: route.continue_() if address in route.request.url else route.abort())
-        page.on("pageerror", lambda error: result.errors.append(str(error)))
-        page.on("console", lambda message: note_error(message, address, result.errors))
-        page.goto(address)
-        page.wait_for_selector("#generate", timeout=SLOW)
-        yield result
-        browser.close()
-    assert result.errors == []
-
-
-def note_error(message: ConsoleMessage, address: str, errors: list[str]) -> None:
-    """gradio's pages ask for web fonts and a script of a CDN; those are aborted above and are not ours."""
-    if message.type == "error" and address in message.location.get("url", address):
-        errors.append(message.text)
-
-
-def toggle_sections(opened: Opened, *names: str) -> None:
-    for name in names:
-        opened.element(name).locator("button, .label-wrap").first.click()
+from .opened import SLOW, Opened, choose, toggle_sections, wait_for_change
 
 
 def open_panel(opened: Opened) -> None:
@@ -125,15 +18,6 @@ def open_panel(opened: Opened) -> None:
 
 def switch_on(opened: Opened) -> None:
     opened.element("bench_deep_shrink_enabled").locator("input[type=checkbox]").check()
-
-
-def wait_for_change(read, before: str) -> str:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if read() != before:
-            return read()
-        time.sleep(0.1)
-    raise AssertionError("nothing changed")
 
 
 def test_the_plot_follows_the_controls_and_the_step_count(opened):
@@ -195,12 +79,6 @@ def test_presets_are_chosen_saved_deleted_and_reset(opened):
     expect(opened.element("bench_deep_shrink_preset_message")).to_contain_text("Deleted 'mine'", timeout=SLOW)
     choose(opened, "4x")
     expect(factor).to_have_value("4", timeout=SLOW)
-
-
-def choose(opened: Opened, name: str) -> None:
-    opened.element("bench_deep_shrink_preset").locator("input").first.click()
-    options = opened.page.locator("ul.options li, ul[role=listbox] li")  # gradio 3 gives them no role of their own
-    options.filter(has_text=re.compile(rf"^\W*{re.escape(name)}\W*$")).first.click()
 
 
 def test_a_picture_and_its_infotext_round_trip(opened):

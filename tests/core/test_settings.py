@@ -62,7 +62,7 @@ def test_what_infotext_shows_is_read_back_unchanged(technique, data):
             value = data.draw(kind(param.minimum, param.maximum))
             read, note = param.read(param.show(value))
             assert note is None and math.isclose(read, value, rel_tol=1e-9, abs_tol=1e-12)
-        elif param.kind != "text":
+        elif param.kind not in ("text", "painting"):
             for value in param.choices or (True, False):
                 assert param.read(param.show(value)) == (value, None)
 

@@ -1,14 +1,19 @@
 """Iterative mixing and low-band lock at their sites."""
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from lib_hires.blending import ADDITION, FUNCTIONS, SLERP
 from lib_hires.low_band import haar_low
+from lib_hires.painted_map import WHITE, encode
 from lib_hires.plan import make_plan
 from lib_hires.progress import AXES, STEP
 from lib_hires.registry import BY_NAME
@@ -21,6 +26,8 @@ from lib_hires.techniques.hires.iterative_mixing import (
     AUTOMATIC,
     DENOISED,
     LATENT,
+    MAPS,
+    PAINTED,
     DenoisedMixingPatch,
     IterativeMixingSettings,
     LatentMixingPatch,
@@ -30,6 +37,7 @@ from lib_hires.techniques.hires.low_band_lock import GAUSSIAN, HAAR, LowBandLock
 from .stand_ins import EULER, EULER_A, FLOW_TABLE, a_run, a_start, levels, predictions
 
 SHAPES = st.tuples(st.integers(1, 3), st.just(4), st.integers(1, 23), st.integers(1, 23))
+PAINTING = encode(np.random.default_rng(0).integers(0, WHITE + 1, (5, 7)))
 WHOLE = IterativeMixingSettings(minimum=1.0)  # the reference's share is 1 throughout
 
 
@@ -140,6 +148,77 @@ def test_the_detail_map_frees_the_detailed_half_sooner():
     assert got.std(dim=1).max() < 1e-5, "one share for all channels"
 
 
+def a_map(size, seed=0):
+    return np.random.default_rng(seed).integers(0, WHITE + 1, size)
+
+
+def painted(greys, **values):
+    return IterativeMixingSettings(detail=PAINTED, painting=encode(np.asarray(greys)), **values)
+
+
+def mixed(values, start, sigma, space):
+    """What becomes of a sample at one noise level."""
+    patch = iterative_mixing.begin(replace(values, space=space), a_run(start, latent=start.latent.shape[2:]))
+    x = a_start(start.latent.shape, seed=7).latent
+    return patch.before_call(x, Call(sigma, 0)) if space == LATENT else patch.after_mix(x, predictions(x, sigma))
+
+
+@pytest.mark.parametrize("space", [LATENT, DENOISED])
+@pytest.mark.parametrize("softness", [0.0, 2.0, 7.5])
+@pytest.mark.parametrize("size", [(5, 9), (16, 24), (33, 48)], ids=str)
+def test_every_cell_has_the_share_of_its_own_alpha(space, softness, size):
+    """Against numpy and scipy in double precision, from the map's levels to the mixed sample."""
+    greys, start, sigma = a_map((8, 12)), a_start((2, 4, *size)), levels()[7]
+    values = painted(greys, alpha=3.0, plain_alpha=0.25, softness=softness, progress=STEP)
+    grey = np.asarray(Image.fromarray((greys / WHITE).astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+    if softness:
+        grey = gaussian_filter(grey.astype(np.float64), softness, mode="mirror", radius=math.ceil(3 * softness))
+    share = np.cos(np.pi * 7 / 20 / 2) ** 2
+    share = share ** (0.25 + (3.0 - 0.25) * grey)
+    z, n, x = start.latent.numpy(), start.noise.numpy(), a_start((2, 4, *size), seed=7).latent.numpy()
+    want = share * (z + sigma * n if space == LATENT else z) + (1 - share) * x
+    np.testing.assert_allclose(mixed(values, start, sigma, space).numpy(), want, atol=2e-4)
+
+
+@pytest.mark.parametrize("space", [LATENT, DENOISED])
+@pytest.mark.parametrize(("level", "alpha"), [(WHITE, 3.0), (0, 0.3), (5, 0.3 * (2 / 3) + 3.0 / 3)])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_map_of_one_grey_is_a_number_bit_for_bit(space, level, alpha, function):
+    start = a_start((2, 4, 9, 7))
+    values = painted(np.full((6, 8), level), alpha=3.0, plain_alpha=0.3, function=function)
+    for sigma in levels():
+        plain = mixed(IterativeMixingSettings(alpha=alpha, function=function), start, sigma, space)
+        got = mixed(values, start, sigma, space)
+        assert torch.equal(got, plain) if level in (0, WHITE) else torch.allclose(got, plain)
+
+
+def test_two_alphas_that_are_one_need_no_map():
+    start = a_start()
+    values = painted(a_map((8, 12)), alpha=1.5, plain_alpha=1.5)
+    plain = mixed(IterativeMixingSettings(alpha=1.5), start, levels()[7], DENOISED)
+    assert torch.equal(mixed(values, start, levels()[7], DENOISED), plain)
+
+
+def test_a_painted_black_map_rests_where_its_alpha_does():
+    nothing = {"alpha": 2.0, "plain_alpha": 0.0, "node_weights": True}
+    with pytest.raises(Rest, match="0 in the whole pass"):
+        mixing(settings_=painted([[0]], **nothing))
+    mixing(settings_=painted([[0, 1]], **nothing))
+
+
+def test_an_empty_painting_is_refused_with_what_to_do():
+    values = IterativeMixingSettings(detail=PAINTED)
+    told = make_plan({"iterative_mixing": values}, a_run(a_start())).refused["Iterative mixing"]
+    assert "paint or upload one" in told and "set Detail map to None" in told
+    assert IterativeMixingSettings(painting=encode(np.array([[0]]))).problem() is None
+
+
+def test_the_log_names_the_alphas_that_are_painted():
+    describe = lambda greys: mixing(settings_=painted(greys, alpha=3.5, plain_alpha=0.5))[0].describe()
+    assert "alpha 0.5 to 3.5," in describe([[0, WHITE]]) and "alpha 0.5 to 1.5," in describe([[0, 5]])
+    assert "alpha 3.5," in describe([[WHITE]])
+
+
 def test_normalizing_takes_the_mean_of_the_noisiest_references_off():
     patch, start = mixing(settings_=replace(WHOLE, normalize_fraction=0.05))
     sigma = levels()[0]
@@ -154,13 +233,13 @@ def test_normalizing_takes_the_mean_of_the_noisiest_references_off():
     st.sampled_from(FUNCTIONS),
     st.sampled_from([LATENT, DENOISED]),
     st.sampled_from(AXES),
-    st.booleans(),
+    st.sampled_from(MAPS),
     st.sampled_from([EPS, FLOW]),
 )
-def test_pictures_of_any_size_stay_finite_and_apart(shape, function, space, axis, with_map, prediction):
+def test_pictures_of_any_size_stay_finite_and_apart(shape, function, space, axis, detail, prediction):
     start = a_start(shape)
     values = IterativeMixingSettings(
-        function=function, space=space, progress=axis, detail=AUTOMATIC if with_map else "None", normalize_fraction=0.3
+        function=function, space=space, progress=axis, detail=detail, painting=PAINTING, normalize_fraction=0.3
     )
     sigmas = (0.999, 0.7, 0.4, 0.1) if prediction == FLOW else (4519.0, *levels(4))
     x = start.noise * sigmas[0] + 1

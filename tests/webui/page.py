@@ -78,12 +78,12 @@ class Tab:
             self.panel.locator(".label-wrap").first.click()
             self.ours("deep_shrink").wait_for(state="visible")
 
-    def open_technique(self) -> None:
-        """Open DeepShrink's section; a section that opens switches its technique on."""
+    def open_technique(self, technique: str = "deep_shrink", field: str = "factor") -> None:
+        """Open a section, which switches its technique on; one of its fields says whether it is open."""
         self.open_panel()
-        if not self.ours("deep_shrink_factor").is_visible():
-            self.ours("deep_shrink").locator(".label-wrap").first.click()
-            self.ours("deep_shrink_factor").wait_for(state="visible")
+        if not self.ours(f"{technique}_{field}").is_visible():
+            self.ours(technique).locator(".label-wrap").first.click()
+            self.ours(f"{technique}_{field}").wait_for(state="visible")
 
     def is_on(self, technique: str = "deep_shrink") -> bool:
         return bool(self.ours(f"{technique}-visible-checkbox").is_checked())
@@ -138,6 +138,28 @@ class Tab:
 
     def message(self) -> str:
         return self.ours("deep_shrink_preset_message").inner_text().strip()
+
+    # -- the painted map
+
+    @property
+    def painting(self) -> Any:
+        return self.ours("iterative_mixing_painting")
+
+    def painted(self) -> str:
+        """The map as text, which the canvas writes."""
+        return self.painting.get_by_test_id("textbox").input_value()
+
+    def stroke(self, *places: tuple[float, float]) -> None:
+        """One stroke over the canvas; places are fractions of its sides."""
+        canvas = self.painting.locator("canvas")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        for index, (x, y) in enumerate(places):
+            self.at.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+            if index == 0:
+                self.at.mouse.down()
+        self.at.mouse.up()
+        self.at.wait_for_timeout(800)
 
     # -- the host's own controls
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lib_hires.painted_map import WHITE, decode
+
 from .client import BASE, TITLE, distance, same, scene, shrink
 from .page import Page
 
@@ -294,6 +296,52 @@ def test_img2img_on_the_page(page, webui, tmp_path):
     tab.generate()
     assert "DeepShrink: on" in tab.infotext()
     assert distance(tab.picture(), wanted.picture) < 1
+
+
+def open_painting(tab):
+    tab.open_technique("iterative_mixing", "detail")
+    assert not tab.painting.is_visible()
+    tab.choose("iterative_mixing_detail", "Painted")
+    assert tab.painting.locator("canvas").is_visible()
+
+
+@pytest.mark.parametrize("name", ["txt2img", "img2img"])
+def test_a_map_is_painted(page, name):
+    tab = page.tab(name)
+    open_painting(tab)
+    page.screenshot(f"{name} nothing painted", tab.ours("iterative_mixing"))
+    tab.stroke((0.2, 0.5), (0.8, 0.5))
+    levels = decode(tab.painted())
+    height, width = levels.shape
+    assert (levels[height // 2, width // 4 : width * 3 // 4] == WHITE).all()
+    assert not levels[: height // 3].any() and not levels[height * 2 // 3 :].any()
+    page.screenshot(f"{name} painted", tab.ours("iterative_mixing"))
+    tab.press("iterative_mixing_preset_reset")
+    assert tab.painted() == ""
+    assert not tab.painting.is_visible()
+
+
+def test_a_painted_map_makes_the_picture_and_is_pasted_back(page, webui, unharmed):
+    tab = page.tab("txt2img")
+    tab.paste(webui.hires(width=64, height=64, hr_scale=2).infotext)
+    open_painting(tab)
+    tab.stroke((0.2, 0.5), (0.8, 0.5))
+    painted = tab.painted()
+    tab.generate()
+    infotext = tab.infotext()
+    assert f"Iterative mixing Painted map: {painted}" in infotext
+    tab.painting.get_by_role("button", name="Paint over the picture").click()
+    page.at.wait_for_timeout(800)
+    page.screenshot("painted over the last picture", tab.ours("iterative_mixing"))
+    same_by_api = {"iterative_mixing": {"detail": "Painted", "painting": painted}}
+    assert same(tab.picture(), webui.hires(same_by_api, width=64, height=64, hr_scale=2).picture)
+
+    tab.press("iterative_mixing_preset_reset")
+    assert tab.painted() == ""
+    tab.paste(infotext)
+    assert tab.painted() == painted and tab.painting.is_visible()
+    assert "white" in tab.painting.locator("canvas").get_attribute("aria-label")
+    unharmed()
 
 
 def test_a_recipe_sets_several_sections(page, webui):

@@ -1,13 +1,18 @@
 """Everything that JSON, a page or a careless caller can put where a setting belongs."""
 
+import numpy as np
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from lib_hires.painted_map import LONGEST_SIDE, WHITE, encode
 from lib_hires.registry import TECHNIQUES
 from lib_hires.request import ENABLED, PRESET, positional_fields
 from lib_hires.settings import params_of
 
 FIELDS = [(t.name, field) for t in TECHNIQUES for field in (ENABLED, PRESET, *params_of(t.settings))]
 COMPONENTS = [(t, field) for t in TECHNIQUES for field in positional_fields(t)]  # the positional list
+
+BLOB = encode(np.where(np.hypot(*np.mgrid[-20:28, -30:34]) < 13, WHITE, 0))
 
 # Valid texts for each text parameter, as its grammar cannot be drawn from. A new one needs its line here.
 EXAMPLES = {
@@ -18,8 +23,15 @@ EXAMPLES = {
     ("cascade", "changes"): ["deep_shrink.factor = 2, 4", "apg.eta = 0.5; deep_shrink.factor = 2, 4"],
     ("dilation", "layers"): ("m", "i6.down i7-8 m", "i10, i11, m"),
     ("deep_shrink", "more_stages"): ["6:2:0-0.2", "6:2:0-0.2; 3:1.5:0.2-0.5-0.7"],
+    ("iterative_mixing", "painting"): [BLOB],
     ("pag", "blocks"): ["u0.4", "m0, d2.2-9", "D1, u0"],
 }
+
+painted = (
+    st.tuples(*[st.integers(1, LONGEST_SIDE)] * 2)
+    .flatmap(lambda shape: arrays(np.uint8, shape, elements=st.integers(0, WHITE)))
+    .map(encode)
+)
 
 scalars = st.one_of(
     st.none(),
@@ -29,6 +41,7 @@ scalars = st.one_of(
     st.floats(allow_nan=True, allow_infinity=True),
     st.text(max_size=20),
     st.sampled_from(["on", "off", "2.5", "1e9", "nan", "bicubic", "4x", "6:2:0-0.2", "512x512", "", '"', "a, b: c\n"]),
+    st.sampled_from(["data:,", "2x2."]),
 )
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
@@ -79,6 +92,8 @@ def valid(technique, field):
         return st.floats(param.minimum, param.maximum).map(lambda value: float(f"{value:.6g}"))
     if param.kind == "choice":
         return st.sampled_from(param.choices)
+    if param.kind == "painting":
+        return st.just("") | painted
     return st.sampled_from(examples(technique, field))
 
 
@@ -94,7 +109,7 @@ def other_value(technique, field):
         return not param.default
     if param.kind == "choice":
         return next(choice for choice in param.choices if choice != param.default)
-    if param.kind == "text":
+    if param.kind in ("text", "painting"):
         return next(text for text in examples(technique, field) if text != param.default)
     return type(param.default)(param.maximum if param.default != param.maximum else param.minimum)
 

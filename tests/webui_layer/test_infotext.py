@@ -88,7 +88,7 @@ def test_keys_and_values_survive_the_hosts_grammar():
 def test_an_empty_text_is_the_default_or_not_valid(technique):
     """The hosts' grammar has no empty value."""
     for param in params_of(technique.settings).values():
-        if param.kind == "text" and param.default != "":
+        if param.kind in ("text", "painting") and param.default != "":
             with pytest.raises(Unusable):
                 param.read("")
 
@@ -150,6 +150,22 @@ def test_a_text_without_our_titles_switches_off_and_moves_nothing(keys):
             target({"Steps": "3", **dict.fromkeys(keys, "3")}) for target in infotext.paste_targets(technique)
         )
         assert switch is False and set(values) == {None}
+
+
+def test_a_label_that_was_renamed_is_still_read():
+    read = lambda params: read_request(pasted({"Iterative mixing": "on", **params})).selection["iterative_mixing"]
+    assert read({"Iterative mixing Alpha of plain areas": "0.7"}).plain_alpha == 0.7
+    both = {"Iterative mixing Alpha of plain areas": "0.7", "Iterative mixing Alpha elsewhere": "0.9"}
+    assert read(both).plain_alpha == 0.9
+    params = {}
+    infotext.write(params, Generation({"iterative_mixing": read({"Iterative mixing Alpha elsewhere": "0.7"})}))
+    assert list(params) == ["Iterative mixing", "Iterative mixing Alpha elsewhere"]
+
+
+def test_a_painted_map_needs_no_quotes():
+    params = {}
+    infotext.write(params, Generation({"iterative_mixing": strategies.all_changed(BY_NAME["iterative_mixing"])}))
+    assert f"Iterative mixing Painted map: {strategies.BLOB}," in as_line(params)
 
 
 def test_missing_keys_are_defaults():

@@ -15,7 +15,10 @@ from lib_hires.webui.presets import PresetStore
 
 DEEP_SHRINK = BY_NAME["deep_shrink"]
 KIND = DEEP_SHRINK.settings
-CLASSES = {"toggle": "Checkbox", "integer": "Slider", "number": "Slider", "choice": "Dropdown", "text": "Textbox"}
+CLASSES = {
+    **{"toggle": "Checkbox", "integer": "Slider", "number": "Slider"},
+    **{"choice": "Dropdown", "text": "Textbox", "painting": "Textbox"},
+}
 
 
 @pytest.fixture

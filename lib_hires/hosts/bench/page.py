@@ -34,6 +34,7 @@ A small model that draws one object per picture. It was trained at {NATIVE_SIZE}
 several, as Stable Diffusion does above its own size. Switch DeepShrink on below, and it draws one again.
 Prompts it knows: {", ".join(CAPTIONS[:3])} ... ({len(CAPTIONS)} in all: disc, square, diamond, ring in six colours)."""
 MAX_PICTURES = 4
+_JAVASCRIPT = "js" if hasattr(gr, "on") else "_js"  # gradio 4 and 3
 
 
 class Page:
@@ -67,6 +68,7 @@ class Page:
             plain = list(inputs.values())
             generate.click(self._generate, [*plain, *built.arguments], [gallery, written, report])
             stop.click(self._stop.set, queue=False)
+            page.load(None, **{_JAVASCRIPT: _scripts()})
             read.click(_read_infotext, [written], [*plain, *built.arguments], queue=False)
         return page
 
@@ -90,6 +92,12 @@ class Page:
         progress((min(step + 1, of), of), desc="Sampling")
         if self._stop.is_set():
             raise Interrupted
+
+
+def _scripts() -> str:
+    """What a WebUI loads by itself from the folder javascript/."""
+    files = sorted((ROOT / "javascript").glob("*.js"))
+    return "() => {" + "\n".join(file.read_text(encoding="utf-8") for file in files) + "}"
 
 
 # The page's own settings: name -> infotext key

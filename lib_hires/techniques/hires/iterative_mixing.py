@@ -12,7 +12,8 @@ that add noise. Either runs inside the host's sampler: its history and its noise
 
 ComfyUI's node runs one-step samplings instead, each adding noise once more, with independent noise per level: hence its
 grain, which the clean-up passes of its users remove. Of its later version the Perlin masks and the rewind are left out.
-The masks let patches of the picture go without the reference, at random: the detail map does so where it helps. Rewind
+The masks let patches of the picture go without the reference, at random: the detail map does so where it helps, and a
+painted map where the user wants it. Rewind
 noises again and repeats part of the run, which is what Restart samplers do, in every host.
 
 References: DemoFusion (Du et al. 2024), FreeScale (Qiu et al. 2025), ComfyUI's Iterative Mixing nodes.
@@ -26,10 +27,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lib_hires.blending import ADDITION, COSINE, FUNCTIONS, SCHEDULES, BlendingSchedule, Share, blended
+from lib_hires.blur import gaussian_blur
 from lib_hires.detail_map import between, detail_map
+from lib_hires.painted_map import grey_range, stretched
 from lib_hires.progress import AXES, STEP, TIMESTEP, position_in
+from lib_hires.resize import map_size
 from lib_hires.run import FLOW, Call, Run, Start
-from lib_hires.settings import Settings, choice, number, passes_choice, toggle
+from lib_hires.settings import Settings, choice, number, painting, passes_choice, toggle
 from lib_hires.sites import Guidance, NoisyLatent, Predictions
 from lib_hires.stages import HIRES_FAMILY
 from lib_hires.technique import Curve, Patch, Rest, Technique
@@ -37,8 +41,8 @@ from lib_hires.unsampler import NoisedReference, unsample
 
 AUTO, LATENT, DENOISED = "Auto", "Latent", "Denoised"
 SPACES = (AUTO, LATENT, DENOISED)
-NO_MAP, AUTOMATIC = "None", "Automatic"
-MAPS = (NO_MAP, AUTOMATIC)
+NO_MAP, AUTOMATIC, PAINTED = "None", "Automatic", "Painted"
+MAPS = (NO_MAP, AUTOMATIC, PAINTED)
 FOLLOWS, INVENTS, FREE = "follows the picture", "adds detail", "free"
 
 _SAME_LEVEL = 1e-4  # relative; hosts hand noise levels over rounded
@@ -111,19 +115,29 @@ class IterativeMixingSettings(Settings):
     detail: str = choice(
         NO_MAP, MAPS,
         label="Detail map",
-        help=f"{NO_MAP}: one Alpha everywhere. {AUTOMATIC}: Alpha where the picture has detail, and Alpha of plain "
-        "areas elsewhere, so that skies and walls stay calm while hair and leaves grow finer.",
+        help=f"{NO_MAP}: one Alpha everywhere. {AUTOMATIC}: Alpha where the picture has detail, and "
+        '"Alpha elsewhere" where it is plain, so that skies and walls stay calm while hair and leaves grow finer. '
+        f"{PAINTED}: you paint where.",
     )  # fmt: skip
     plain_alpha: float = number(
         0.5, 0.0, 20.0, 0.05,
-        label="Alpha of plain areas",
-        help=f"Alpha where the picture has little detail, with Detail map {AUTOMATIC}.",
+        label="Alpha elsewhere",
+        help=f"The other Alpha of a detail map: where the picture has little detail ({AUTOMATIC}), or where the map is "
+        f"black ({PAINTED}).",
+        formerly="Alpha of plain areas",
     )  # fmt: skip
     softness: float = number(
         2.0, 0.0, 32.0, 0.5,
         label="Map softness",
         help="How softly the detail map goes from one Alpha to the other, in latent cells (8 pixels each).",
     )  # fmt: skip
+    painting: str = painting(
+        shown_with=("detail", PAINTED),
+        label="Painted map",
+        help='White has "Alpha", black has "Alpha elsewhere", grey lies between. '
+        "It is stretched over the picture of the "
+        "pass; with Inpaint area Only masked, over the part that is cut out.",
+    )
     normalize_fraction: float = number(
         0.0, 0.0, 1.0, 0.05,
         label="Normalize fraction",
@@ -133,17 +147,22 @@ class IterativeMixingSettings(Settings):
     passes: str = passes_choice()
 
     def problem(self) -> str | None:
-        if self.minimum <= self.maximum:
-            return None
-        return (
-            f"minimum share {self.minimum:g} is above maximum share {self.maximum:g}, so mixing would grow instead of "
-            "falling: lower Minimum share, or raise Maximum share"
-        )
+        if self.minimum > self.maximum:
+            return (
+                f"minimum share {self.minimum:g} is above maximum share {self.maximum:g}, so mixing would grow instead "
+                "of falling: lower Minimum share, or raise Maximum share"
+            )
+        if self.detail == PAINTED and not self.painting:
+            return f"the painted map is empty: paint or upload one, or set Detail map to {NO_MAP} or {AUTOMATIC}"
+        return None
 
     @property
     def alphas(self) -> tuple[float, ...]:
-        """The alphas in use, that of plain areas first."""
-        return (self.alpha,) if self.detail == NO_MAP else (self.plain_alpha, self.alpha)
+        """The ends of the alphas in use, that of the detail map's darkest part first; one where all are the same."""
+        if self.detail == NO_MAP or self.alpha == self.plain_alpha:
+            return (self.alpha,)
+        greys = grey_range(self.painting) if self.detail == PAINTED else (0.0, 1.0)
+        return tuple(between(self.plain_alpha, self.alpha, grey) for grey in dict.fromkeys(greys))
 
     def blending(self) -> BlendingSchedule:
         clamp = self.clamp if self.clamp < 1 else math.inf
@@ -184,7 +203,7 @@ class MixingPatch(Patch):
 
     def describe(self) -> str:
         s, run = self._settings, self._run
-        shares = Shares(s, run, s.alpha)
+        shares = Shares(s, run, s.alphas[-1])
         last = min((sigma for sigma in run.sigmas if sigma > 0), default=0.0)
         alpha = " to ".join(f"{alpha:g}" for alpha in s.alphas)
         return f"{s.schedule.lower()}, alpha {alpha}, share {shares.at(run.sigma_first):.2f} to {shares.at(last):.2f}"
@@ -223,9 +242,16 @@ class DenoisedMixingPatch(MixingPatch, Guidance):
 
 
 def _alpha(settings: IterativeMixingSettings, start: Start) -> Share:
-    if settings.detail == NO_MAP:
-        return settings.alpha
-    return between(settings.plain_alpha, settings.alpha, detail_map(start.latent, settings.softness))
+    """A number where it is the same in every cell: a map of it would not give the very same bits."""
+    if len(settings.alphas) == 1:
+        return settings.alphas[0]
+    return between(settings.plain_alpha, settings.alpha, _detail(settings, start.latent))
+
+
+def _detail(settings: IterativeMixingSettings, latent: Tensor) -> Tensor:
+    if settings.detail == AUTOMATIC:
+        return detail_map(latent, settings.softness)
+    return gaussian_blur(stretched(settings.painting, map_size(latent)), settings.softness).to(latent.device)
 
 
 def _reference(settings: IterativeMixingSettings, run: Run, start: Start) -> NoisedReference:
@@ -246,7 +272,7 @@ def begin(settings: IterativeMixingSettings, run: Run) -> MixingPatch:
 
 
 def curve(settings: IterativeMixingSettings, run: Run) -> Curve:
-    """The reference's share at every step of a run, where the picture has detail."""
+    """The reference's share at every step of a run, where Alpha holds: in detail, or where the map is white."""
     shares = Shares(settings, run, settings.alpha)
     values = tuple(float(shares.at(sigma)) for sigma in run.sigmas)
     phases = tuple(FREE if share == 0 else FOLLOWS if share >= 0.5 else INVENTS for share in values)
