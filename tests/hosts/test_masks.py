@@ -69,11 +69,8 @@ class Adapter:
     def call_sigma(self, params, facts):
         return float(params.sigma[0])
 
-    def latent_level(self, denoiser, level, facts):
-        if not denoiser.eps:
-            return level, 1.0
-        sigma = facts.schedule.sigma(level)
-        return sigma, (1 + sigma**2) ** 0.5
+    def counts_timesteps(self, denoiser):
+        return denoiser.eps
 
     def sigmas(self, sampler, arguments, facts):
         return (*LEVELS, 0.0)
