@@ -127,7 +127,7 @@ class AttentionWalk:
         if not rows:
             return attention(range(host.batch))
         patch = next(patch for patch in self._perturbing if patch.perturbs_in(layer))
-        perturbed = host.finish(patch.perturb(host.project(rows), self._place(layer, host.heads, PERTURBED)))
+        perturbed = host.finish(patch.perturb(host.project(rows), self._place(layer, host.heads, rows)))
         chosen = set(rows)
         others = [row for row in range(host.batch) if row not in chosen]
         return _joined(rows, perturbed, others, attention(others)) if others else perturbed
@@ -146,11 +146,12 @@ class AttentionWalk:
         for kind in (UNCOND, COND):
             rows = self._call.rows_of(kind)
             if rows:
-                recorder.record(host.project(rows), self._place(host.layer, host.heads, kind))
+                recorder.record(host.project(rows), self._place(host.layer, host.heads, rows))
                 return
 
-    def _place(self, layer: AttentionLayer, heads: int, predicts: str = "") -> Place:
-        return Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call, predicts)
+    def _place(self, layer: AttentionLayer, heads: int, picked: Rows = ()) -> Place:
+        rows = tuple(self._call.rows[row] for row in picked)
+        return Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call, rows)
 
 
 def _joined(changed_rows: Rows, changed: Tensor, plain_rows: Rows, plain: Tensor) -> Tensor:

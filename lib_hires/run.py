@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -94,20 +95,30 @@ class Run:
         return schedule.sigma(schedule.timestep(self.sigma_first) * (1 - fraction))
 
 
+class Row(NamedTuple):
+    """One batch row of a UNet evaluation: what it predicts, and for which picture of the batch, counted from 0.
+
+    A picture has several cond rows where its prompt is composed (AND) or regional. None: the host does not tell.
+    """
+
+    predicts: str
+    picture: int | None = None
+
+
 @dataclass
 class Call:
     """One evaluation of the denoiser inside a run.
 
     `sizes` holds the true (height, width) of the feature map inside each UNet block, by (side, index), filled while
-    the UNet runs: techniques that work on tokens read it and never guess a size from a token count. `rows` says what
-    each batch row of the UNet evaluation in progress predicts; hosts set it where a site needs it.
+    the UNet runs: techniques that work on tokens read it and never guess a size from a token count. `rows` are the
+    batch rows of the UNet evaluation in progress, in their order; hosts set them where a site needs them.
     """
 
     sigma: float
     step: int
     sizes: dict[tuple[str, int], Size] = field(default_factory=dict)
-    rows: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
     def rows_of(self, kind: str) -> list[int]:
         """Batch rows of the evaluation in progress that predict `kind`."""
-        return [row for row, predicts in enumerate(self.rows) if predicts == kind]
+        return [number for number, row in enumerate(self.rows) if row.predicts == kind]

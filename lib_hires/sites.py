@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lib_hires.model_sampling import ModelSampling
-from lib_hires.run import Call, Size
+from lib_hires.run import Call, Row, Size
 from lib_hires.topology import AttentionLayer, ConvLayer
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> out, each [B, N, heads * d]
@@ -95,16 +95,16 @@ class Guidance:
 class Place:
     """One self-attention in one call, for the rows at hand.
 
-    `size` is the true (h, w) of its tokens [B, h*w, C], row major. `predicts` is what these rows predict: COND, UNCOND
-    or PERTURBED, empty where they are of several kinds. Another extension may have changed the number of tokens:
-    compare before reshaping to `size`.
+    `size` is the true (h, w) of its tokens [B, h*w, C], row major. `rows` are the rows at hand where they were picked
+    for what they predict, else empty. Another extension may have changed the number of tokens: compare before reshaping
+    to `size`.
     """
 
     layer: AttentionLayer
     size: Size
     heads: int
     call: Call
-    predicts: str = ""
+    rows: tuple[Row, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -235,7 +235,8 @@ class RecordedAttention:
     """Looks at the attention of the uncond rows, and changes nothing.
 
     A UNet evaluation without uncond rows shows its cond rows instead. Hosts may spread one call over several
-    evaluations, so both kinds can come in one call, and one kind more than once: `place.predicts` says which it is.
+    evaluations, and order pictures and composed prompts as they like, so both kinds can come in one call, and one kind
+    more than once: `place.rows` says what each row predicts, and for which picture.
     """
 
     def records(self, call: Call) -> bool:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts import others
 from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
@@ -59,7 +61,7 @@ class A1111:
 
     def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         network = self.unet_identity(sd_model)
-        unet, pipeline = HookedUnet(network, plan), GuidancePipeline(plan)
+        unet, pipeline = HookedUnet(network, plan, _with_hypernetworks), GuidancePipeline(plan)
 
         @contextmanager
         def open_call(call: Call, params: Any) -> Iterator[None]:
@@ -114,6 +116,14 @@ def _trained_schedule(sd_model: Any) -> NoiseSchedule | None:
     if own is None or own is sd_model.alphas_cumprod:
         return None
     return NoiseSchedule.from_alphas_cumprod(own.float().cpu().tolist())
+
+
+def _with_hypernetworks(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What every attention of the host makes K and V from."""
+    from modules import shared
+    from modules.hypernetworks import hypernetwork
+
+    return hypernetwork.apply_hypernetworks(shared.loaded_hypernetworks, tokens)
 
 
 def _replaced_unet() -> bool:

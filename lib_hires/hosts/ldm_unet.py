@@ -23,12 +23,22 @@ from lib_hires.run import Call
 from lib_hires.sites import FeatureMaps, Place, Projections
 from lib_hires.topology import INPUT, MIDDLE, OUTPUT, AttentionLayer, self_attention_modules
 
+Adapt = Callable[[Tensor], tuple[Tensor, Tensor]]  # tokens -> what the host projects K from, and V
+
+
+def unadapted(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return tokens, tokens
+
 
 class HookedUnet:
-    """Serves a plan's UNet sites on `unet` while a call is open."""
+    """Serves a plan's UNet sites on `unet` while a call is open.
 
-    def __init__(self, unet: nn.Module, plan: Plan) -> None:
+    `adapt` is what the host's own attention does to tokens before it projects keys and values (hypernetworks).
+    """
+
+    def __init__(self, unet: nn.Module, plan: Plan, adapt: Adapt = unadapted) -> None:
         self._unet = unet
+        self._adapt = adapt
         self._feature_patches = plan.at(FeatureMaps)
         self._attention_patches = AttentionPatches.of(plan)
         self._attention = self_attention_modules(unet) if self._attention_patches else {}
@@ -43,7 +53,7 @@ class HookedUnet:
             if self._feature_patches or served:  # attention needs the true sizes that the walk notes
                 stack.enter_context(_walked(self._unet, FeatureMapWalk(self._feature_patches, call)))
             for layer, module in served.items():
-                forward = _served_attention(attention, layer, module)
+                forward = _served_attention(attention, layer, module, self._adapt)
                 stack.enter_context(instance_attribute(module, "forward", forward))
             yield
 
@@ -87,10 +97,16 @@ def _enter_output(walk: FeatureMapWalk, index: int, h: Tensor) -> Tensor:
     return walk.join_concatenated(h, index)
 
 
-def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any) -> Callable[..., Tensor]:
+def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any, adapt: Adapt) -> Callable[..., Tensor]:
     """A forward for one self-attention module. Rows that nobody changes go through the module's own forward, which
     may be the host's optimised one or another extension's."""
     original = module.forward
+
+    def keys(source: Tensor) -> Tensor:
+        return module.to_k(adapt(source)[0])
+
+    def values(source: Tensor) -> Tensor:
+        return module.to_v(adapt(source)[1])
 
     def forward(x: Tensor, context: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if context is not None and context is not x:
@@ -101,13 +117,13 @@ def _served_attention(walk: AttentionWalk, layer: AttentionLayer, module: Any) -
 
         def project(rows: Rows) -> Projections:
             tokens = x[list(rows)]
-            return Projections(lambda: module.to_q(tokens), lambda: module.to_k(tokens), lambda: module.to_v(tokens))
+            return Projections(lambda: module.to_q(tokens), lambda: keys(tokens), lambda: values(tokens))
 
         def changed(rows: Rows, place: Place, acting: Acting) -> Tensor:
             tokens = x if len(rows) == len(x) else x[list(rows)]
             key_source, value_source = changed_sources(acting, tokens, tokens, place)
             end = partial(attend, heads=module.heads)
-            projected = module.to_q(tokens), module.to_k(key_source), module.to_v(value_source)
+            projected = module.to_q(tokens), keys(key_source), values(value_source)
             return module.to_out(chained(acting, place, end, end)(*projected))
 
         host = HostLayer(layer, module.heads, len(x), project, plain, changed, module.to_out)

@@ -1,7 +1,8 @@
 """The batch rows of a UNet patcher's evaluations, and rows for the perturbed prediction beside them.
 
 The host evaluates chunks of rows, each a cond (0) or an uncond (1) as `cond_or_uncond` says, in one or several UNet
-calls. Where a call holds the only cond chunk, and the larger batch fits into memory, a perturbed copy of it rides along
+calls. A chunk has one row for every picture of the batch, in their order; prompts joined by AND are chunks beside each
+other. Where a call holds the only cond chunk, and the larger batch fits into memory, a perturbed copy of it rides along
 at the end; else the perturbed prediction takes a call of its own.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_hires.run import COND, PERTURBED, UNCOND
+from lib_hires.run import COND, PERTURBED, UNCOND, Row
 
 _COND = 0  # in the host's cond_or_uncond
 Fits = Callable[
@@ -23,7 +24,7 @@ Fits = Callable[
 
 
 class Rows:
-    """What the rows of one denoiser call's evaluations predict."""
+    """What the rows of one denoiser call's evaluations predict, and for which picture."""
 
     def __init__(self, wants_perturbed: bool, fits: Fits) -> None:
         self.perturbed: Tensor | None = None  # x0 of the perturbed rows, once they were evaluated
@@ -54,16 +55,19 @@ class Rows:
             return args
         return _with_copy(args, self._marks.index(_COND) * rows, rows)
 
-    def kinds(self, args: dict[str, Any]) -> tuple[str, ...]:
-        """What every row of an evaluation with these arguments predicts."""
-        total = len(args["input"])
-        if self._own:
-            return (self._own,) * total
-        each = total // len(args["cond_or_uncond"])
-        kinds = [COND if mark == _COND else UNCOND for mark in self._marks for _ in range(each)]
-        kinds += [PERTURBED] * (total - len(kinds))
+    def told(self, args: dict[str, Any]) -> tuple[Row, ...]:
+        """The rows of an evaluation with these arguments."""
+        chunks = len(args["cond_or_uncond"])
+        pictures = range(len(args["input"]) // chunks)
+        kinds = [self._own] * chunks if self._own else self._kinds(chunks)
+        return tuple(Row(kind, picture) for kind in kinds for picture in pictures)
+
+    def _kinds(self, chunks: int) -> list[str]:
+        """What the chunks of the host's own evaluation predict; those beyond its own are ours."""
+        kinds = [COND if mark == _COND else UNCOND for mark in self._marks]
+        kinds += [PERTURBED] * (chunks - len(kinds))
         self.evaluated.update(kinds)
-        return tuple(kinds)
+        return kinds
 
     def host_rows(self, out: Tensor, rows: int) -> Tensor:
         """The rows that the host asked for; what follows them is kept as the perturbed prediction."""

@@ -196,7 +196,7 @@ def _wrap_function(patcher: Any, cell: Cell, takes_control: bool) -> None:
             return evaluate(apply_model, args)
         rows = cell.open.rows
         extended = rows.extended(apply_model, args)
-        cell.open.call.rows = rows.kinds(extended)
+        cell.open.call.rows = rows.told(extended)
         cell.open.walk.enter(INPUT, 0, extended["input"])
         if takes_control:
             conditions = dict(extended["c"])

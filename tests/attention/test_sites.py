@@ -8,7 +8,7 @@ from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
-from lib_hires.run import COND, FIRST_PASS, PERTURBED, Call, ModelFacts, Run
+from lib_hires.run import COND, FIRST_PASS, PERTURBED, Call, ModelFacts, Row, Run
 from lib_hires.sites import PerturbedAttention, RecordedAttention, SelfAttention
 from lib_hires.technique import Patch
 from lib_hires.topology import MIDDLE, AttentionLayer, unet_topology
@@ -91,7 +91,8 @@ def plan_of(*patches):
 
 @torch.no_grad()
 def on_ldm(x, *patches, rows=COND):
-    call = Call(SIGMA, 0, rows=(rows,) * len(x) if isinstance(rows, str) else rows)
+    kinds = (rows,) * len(x) if isinstance(rows, str) else rows
+    call = Call(SIGMA, 0, rows=tuple(Row(kind) for kind in kinds))
     with HookedUnet(LDM, plan_of(*patches)).open(call):
         return LDM(x)
 

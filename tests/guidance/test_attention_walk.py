@@ -9,7 +9,7 @@ from torch import nn
 
 from lib_hires.attention import attend
 from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
-from lib_hires.run import COND, PERTURBED, UNCOND, Call
+from lib_hires.run import COND, PERTURBED, UNCOND, Call, Row
 from lib_hires.sites import PerturbedAttention, Projections, RecordedAttention
 from lib_hires.topology import MIDDLE, OUTPUT, AttentionLayer
 
@@ -80,6 +80,8 @@ class Recorder(RecordedAttention):
 
 
 def call_with(rows):
+    """Every row of a kind is another picture's."""
+    rows = [Row(kind, list(rows[:number]).count(kind)) for number, kind in enumerate(rows)]
     return Call(1.0, 0, sizes={(MIDDLE, 0): SIZE, (OUTPUT, 3): SIZE}, rows=tuple(rows))
 
 
@@ -119,7 +121,8 @@ def test_a_recorder_sees_uncond_rows_or_else_cond_rows_and_changes_nothing(rows)
     shown = [row for row, predicts in enumerate(rows) if predicts == kind]
     assert len(recorder.seen) == bool(shown)
     for place, q, k in recorder.seen:
-        assert (place.predicts, place.size, place.tokens, place.heads) == (kind, SIZE, 15, HEADS)
+        assert place.rows == tuple(Row(kind, picture) for picture in range(len(shown)))
+        assert (place.size, place.tokens, place.heads) == (SIZE, 15, HEADS)
         assert place.call is call and place.layer == MIDDLE_0
         torch.testing.assert_close(q, layer.q(x[shown]))
         torch.testing.assert_close(k, layer.k(x[shown]))
@@ -132,8 +135,8 @@ def test_both_in_one_layer():
     out = layer.walked(AttentionWalk(AttentionPatches([identity], [recorder]), call_with(rows)), x)
     assert torch.equal(out[[0, 2]], layer.plain(x)[[0, 2]])
     torch.testing.assert_close(out[1], layer.out(layer.v(x[1])))
-    assert [place.predicts for place, _, _ in recorder.seen] == [UNCOND]
-    assert [place.predicts for place in identity.places] == [PERTURBED]
+    assert [place.rows for place, _, _ in recorder.seen] == [(Row(UNCOND, 0),)]
+    assert [place.rows for place in identity.places] == [(Row(PERTURBED, 0),)]
 
 
 def test_identity_attention_computes_values_only():

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention, PAGIdentitySelfAttnP
 
 from lib_hires.attention import attend
 from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
-from lib_hires.run import COND, PERTURBED, Call
+from lib_hires.run import COND, PERTURBED, Call, Row
 from lib_hires.sites import Projections
 from lib_hires.techniques.guidance.pag import PagSettings, begin, smoothed_attention
 from lib_hires.topology import MIDDLE
@@ -41,7 +41,9 @@ def test_identity_attention_of_the_perturbed_rows():
     layer.set_processor(PAGIdentitySelfAttnProcessor2_0())
     want = layer(x)  # it perturbs the second half of a batch
     patch = begin(PagSettings(), a_run())
-    call = Call(1.0, 0, sizes={(MIDDLE, 0): (3, 5)}, rows=(COND, COND, PERTURBED, PERTURBED))
+    call = Call(
+        1.0, 0, sizes={(MIDDLE, 0): (3, 5)}, rows=tuple(Row(kind) for kind in (COND, COND, PERTURBED, PERTURBED))
+    )
 
     def project(rows):
         part = x[list(rows)]

@@ -14,7 +14,7 @@ from lib_hires.attention import attend
 from lib_hires.attention_walk import AttentionPatches, AttentionWalk, HostLayer
 from lib_hires.blur import gaussian_blur
 from lib_hires.noise import NoiseSchedule
-from lib_hires.run import COND, EPS, FIRST_PASS, FLOW, PERTURBED, UNCOND, Call, ModelFacts, Run
+from lib_hires.run import COND, EPS, FIRST_PASS, FLOW, PERTURBED, UNCOND, Call, ModelFacts, Row, Run
 from lib_hires.sites import Place, Predictions, Projections
 from lib_hires.technique import Refusal, Rest
 from lib_hires.techniques.guidance import pag
@@ -55,9 +55,11 @@ class Model:
         return self.answer(x)
 
 
-def recorded(patch, call, q, k, size, heads=2, kind=UNCOND):
+def recorded(patch, call, q, k, size, heads=2, kind=UNCOND, pictures=None):
+    """`pictures`: whose each row is; without it each row is another picture's."""
     if patch.records(call) and patch.records_in(M0):
-        patch.record(Projections(lambda: q, lambda: k, None), Place(M0, size, heads, call, kind))
+        rows = tuple(Row(kind, picture) for picture in (range(len(q)) if pictures is None else pictures))
+        patch.record(Projections(lambda: q, lambda: k, None), Place(M0, size, heads, call, rows))
 
 
 def predictions(call, model, batch=1, size=(16, 24), uncond=True):
@@ -214,15 +216,14 @@ def test_its_own_evaluation_is_not_recorded():
     assert not acted(patch, call, Model())
 
 
-def test_composed_prompts_share_their_mean_map():
-    first, second = noise(2, 6, 8), noise(2, 6, 8, seed=1)
-    k = noise(1, 6, 8, seed=2).expand(4, -1, -1)
-    q = torch.stack([first[0], first[1], second[0], second[1]])  # two prompts of each of two pictures
+@pytest.mark.parametrize("pictures", [(0, 0, 1, 1), (0, 1, 0, 1), (1, 0, 0, 0)], ids=str)
+def test_composed_prompts_share_their_mean_map(pictures):
+    q, k = noise(4, 6, 8), noise(1, 6, 8, seed=2).expand(4, -1, -1)
     patch, call, model = begin(SagSettings(), a_run()), Call(1.0, 0), Model()
-    recorded(patch, call, q, k, (2, 3), kind=COND)
+    recorded(patch, call, q, k, (2, 3), kind=COND, pictures=pictures)
     assert acted(patch, call, model, batch=2, uncond=False)
-    received = received_attention(q, k, 2)
-    mean = torch.stack([received[:2].mean(0), received[2:].mean(0)]).unflatten(-1, (2, 3))[:, None]
+    received, whose = received_attention(q, k, 2), torch.tensor(pictures)
+    mean = torch.stack([received[whose == picture].mean(0) for picture in (0, 1)]).unflatten(-1, (2, 3))[:, None]
     raw = predictions(call, Model(), 2)
     want = raw.x + degraded(raw.cond, mean > 1, 2.0) - raw.cond
     torch.testing.assert_close(model.asked[0][0], want, rtol=1e-5, atol=1e-5)
@@ -231,10 +232,10 @@ def test_composed_prompts_share_their_mean_map():
 def test_rows_of_one_kind_may_come_in_several_evaluations():
     q, k = noise(2, 6, 8), noise(2, 6, 8, seed=1)
     apart, together = Model(), Model()
-    for model, parts in ((apart, (slice(1), slice(1, 2))), (together, (slice(2),))):
+    for model, parts in ((apart, ([1], [0])), (together, ([0, 1],))):
         patch, call = begin(SagSettings(), a_run()), Call(1.0, 0)
         for part in parts:
-            recorded(patch, call, q[part], k[part], (2, 3))
+            recorded(patch, call, q[part], k[part], (2, 3), pictures=part)
         assert acted(patch, call, model, batch=2)
     torch.testing.assert_close(apart.asked[0][0], together.asked[0][0])
 
@@ -242,15 +243,17 @@ def test_rows_of_one_kind_may_come_in_several_evaluations():
 @pytest.mark.parametrize(
     ("shapes", "why"),
     [
-        ([(3, 6, (2, 3))], "three maps for two pictures"),
-        ([(2, 5, (2, 3))], "tokens that another extension reduced"),
-        ([(1, 6, (2, 3)), (1, 8, (2, 4))], "regions of different sizes"),
+        ([((None, None), 6, (2, 3))], "rows of which nobody tells whose they are"),
+        ([((0, 0), 6, (2, 3))], "a picture without a map"),
+        ([((0, 1), 5, (2, 3))], "tokens that another extension reduced"),
+        ([((0, 1), 6, (2, 3)), ((0, 1), 8, (2, 4))], "regions of different sizes"),
     ],
 )
 def test_maps_that_belong_nowhere_are_not_used(shapes, why):
     patch, call = begin(SagSettings(), a_run()), Call(1.0, 0)
-    for rows, tokens, size in shapes:
-        recorded(patch, call, noise(rows, tokens, 8), noise(rows, tokens, 8, seed=1), size)
+    for pictures, tokens, size in shapes:
+        q, k = (noise(len(pictures), tokens, 8, seed=seed) for seed in (0, 1))
+        recorded(patch, call, q, k, size, pictures=pictures)
     assert not acted(patch, call, Model(), batch=2), why
     assert patch.fired == 0
 
@@ -287,7 +290,7 @@ def test_it_records_the_first_middle_layer_inside_its_window_only():
 
 
 def test_together_with_pag_in_one_layer_each_does_its_part():
-    rows, size = (COND, PERTURBED, UNCOND), (2, 3)
+    rows, size = (Row(COND, 0), Row(PERTURBED, 0), Row(UNCOND, 0)), (2, 3)
     run, call = a_run(), Call(1.0, 0, sizes={(MIDDLE, 0): size}, rows=rows)
     guide, sag = pag.begin(pag.PagSettings(), run), begin(SagSettings(), run)
     q, k, v = (noise(3, 6, 8, seed=seed) for seed in range(3))

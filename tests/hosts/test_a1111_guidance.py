@@ -14,6 +14,7 @@ from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.run import COND, UNCOND, Call
+from lib_hires.techniques.guidance import sag
 from tests.hosts.toy import ToyUNet, Trace, identity_attention, plan_of
 
 UNET = ToyUNet().eval().requires_grad_(False)
@@ -40,6 +41,8 @@ class Denoiser(nn.Module):
         super().__init__()
         self.weights, self.skip_uncond, self.batch_all, self.eps = weights, skip_uncond, batch_all, eps
         self.callback = lambda params: None
+        prompts = [[SimpleNamespace(weight=weight) for _, weight in members] for members in weights]
+        self.sampler = SimpleNamespace(sampler_extra_args={"cond": SimpleNamespace(batch=prompts)})
 
     def inner_model(self, x, sigma, cond):
         out = UNET(x, cond["c_crossattn"][0], cond["c_concat"][0])
@@ -80,13 +83,12 @@ class Denoiser(nn.Module):
         return self.combine_denoised(x_out, self.weights, negative, 1.0 if self.skip_uncond else scale)
 
 
-def draw(pictures, composed, seed=0, tokens=3, negative_tokens=3):
+def draw(pictures, composed, seed=0, tokens=3, negative_tokens=3, counts=None):
     """A batch: per picture one or more prompts with weights."""
     g = torch.Generator().manual_seed(seed)
     weights, row = [], 0
-    for picture in range(pictures):
-        count = 1 + (picture + composed) % 2 if composed else 1
-        weights.append([(row + i, [1.0, 0.7][i] if composed else 1.0) for i in range(count)])
+    for count in counts or [1 + (picture + composed) % 2 if composed else 1 for picture in range(pictures)]:
+        weights.append([(row + i, [1.0, 0.7, 1.2][i] if count > 1 or composed else 1.0) for i in range(count)])
         row += count
     return SimpleNamespace(
         x=torch.randn(pictures, 4, 8, 6, generator=g) * SIGMA,
@@ -97,11 +99,13 @@ def draw(pictures, composed, seed=0, tokens=3, negative_tokens=3):
     )
 
 
-def guided(inputs, patch, scale=7.0, may_skip=True, **kwargs):
-    """One call through the stand-in denoiser with a patch."""
+def guided(inputs, patch, scale=7.0, may_skip=True, call=None, told=True, **kwargs):
+    """One call through the stand-in denoiser with a patch. Not `told`: nobody knows whose the rows are."""
     denoiser = Denoiser(inputs.weights, **kwargs)
+    if not told:
+        del denoiser.sampler
     eps = kwargs.get("eps", False)
-    call, stack, hooks = Call(SIGMA, 0), [], len(UNET._forward_pre_hooks)
+    call, stack, hooks = call or Call(SIGMA, 0), [], len(UNET._forward_pre_hooks)
 
     def callback(params):
         plan = plan_of(patch, UNET)
@@ -118,6 +122,18 @@ def guided(inputs, patch, scale=7.0, may_skip=True, **kwargs):
         context.__exit__(None, None, None)
     assert "combine_denoised" not in vars(denoiser) and len(UNET._forward_pre_hooks) == hooks
     return inputs.x - SIGMA * out if eps else out
+
+
+def one_of(inputs, picture):
+    """One picture of a batch, as a batch of its own."""
+    one, (rows, weights) = slice(picture, picture + 1), zip(*inputs.weights[picture], strict=True)
+    return SimpleNamespace(
+        x=inputs.x[one],
+        text=inputs.text[list(rows)],
+        negative=inputs.negative[one],
+        image=inputs.image[one],
+        weights=[list(enumerate(weights))],
+    )
 
 
 def model_input(x, eps):
@@ -258,6 +274,42 @@ def test_only_uncond_rows_are_recorded():
     inputs, patch = draw(2, True), Trace()
     guided(inputs, patch)
     assert [(len(q), size) for q, size in patch.recorded] == [(2, (8, 6))]
+
+
+@given(composed=st.booleans(), batch_all=st.booleans(), long_prompt=st.booleans(), kind=st.sampled_from([COND, UNCOND]))
+def test_every_row_tells_whose_it_is(composed, batch_all, long_prompt, kind):
+    inputs, call, shown = inputs_of(3, composed, long_prompt), Call(SIGMA, 0), []
+
+    def note(_, args, __):
+        for x, row in zip(args[0], call.rows, strict=True):
+            shown.append(torch.equal(x, inputs.x[row.picture]))
+
+    handle = UNET.register_forward_hook(note)
+    guided(inputs, Trace(after=lambda d, raw: raw.predict(raw.x, kind)), call=call, batch_all=batch_all)
+    handle.remove()
+    assert all(shown) and len(shown) > 9
+
+
+COUNTS = [(1, 1, 1), (2, 2), (3, 3, 3), (2, 1), (1, 3), (1, 2, 3), (3, 1, 2)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@given(way=st.sampled_from(["CFG", "skipped by the host", "1"]), batch_all=st.booleans(), long_prompt=st.booleans())
+def test_sag_makes_each_picture_of_a_batch_as_if_it_were_alone(counts, way, batch_all, long_prompt):
+    inputs = draw(len(counts), True, tokens=5 if long_prompt else 3, counts=counts)
+    layout = {"skip_uncond": way == "skipped by the host", "batch_all": batch_all, "scale": 1.0 if way == "1" else 7.0}
+    patch = lambda: sag.begin(sag.SagSettings(scale=5.0), plan_of(None, UNET).run)
+    together = guided(inputs, patch(), **layout)
+    alone = [guided(one_of(inputs, picture), patch(), **layout) for picture in range(len(counts))]
+    _assert_close(together, torch.cat(alone))
+
+
+@given(composed=st.booleans(), skip_uncond=st.booleans())
+def test_where_nobody_tells_whose_rows_of_several_prompts_are_sag_rests(composed, skip_uncond):
+    inputs, patch = draw(2, composed), sag.begin(sag.SagSettings(), plan_of(None, UNET).run)
+    out = guided(inputs, patch, told=False, skip_uncond=skip_uncond)
+    plain = Denoiser(inputs.weights, skip_uncond=skip_uncond)(inputs.x, inputs.text, inputs.negative, inputs.image, 7.0)
+    assert torch.equal(out, plain) == (composed and skip_uncond) == (not patch.fired)
 
 
 def test_sdxl_conditions_carry_all_their_parts():

@@ -14,11 +14,12 @@ from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts.patcher_guidance import install_guidance
 from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.run import COND, UNCOND, Call
+from lib_hires.techniques.guidance import sag
 from tests.doubles import FakePatcher
 from tests.hosts.toy import ToyUNet, Trace, host_attention, identity_attention, plan_of
 
 UNET = ToyUNet().eval().requires_grad_(False)
-SIGMA = torch.full((2,), 2.0)
+SIGMA = 2.0
 
 
 class Model:
@@ -79,13 +80,13 @@ class Host:
         return tuple(total / weight for total, weight in sums)
 
     def sample(self, patcher, x, cond, uncond, scale):
-        options, model = patcher.model_options, Model()
+        options, model, sigma = patcher.model_options, Model(), torch.full((len(x),), SIGMA)
         for modify in options.get("conditioning_modifiers", []):
-            model, x, _, uncond, cond, scale, options, _ = modify(model, x, SIGMA, uncond, cond, scale, options, 0)
+            model, x, _, uncond, cond, scale, options, _ = modify(model, x, sigma, uncond, cond, scale, options, 0)
         asked = None if math.isclose(scale, 1.0) else uncond
-        c, u = self.calc_cond_uncond_batch(model, cond, asked, x, SIGMA, options)
+        c, u = self.calc_cond_uncond_batch(model, cond, asked, x, sigma, options)
         strength = sum(entry["strength"] for entry in cond)
-        shared = {"input": x, "sigma": SIGMA, "timestep": SIGMA, "model": model, "model_options": options}
+        shared = {"input": x, "sigma": sigma, "timestep": sigma, "model": model, "model_options": options}
         shared |= {"cond_denoised": c, "uncond_denoised": u}
         if "sampler_cfg_function" in options:
             noise = options["sampler_cfg_function"]({**shared, "cond": x - c, "uncond": x - u, "cond_scale": scale})
@@ -97,14 +98,21 @@ class Host:
         return denoised
 
 
-def draw(composed=1, seed=0):
+def draw(composed=1, seed=0, pictures=2):
     g = torch.Generator().manual_seed(seed)
-    entry = lambda strength: {"text": torch.randn(2, 3, 5, generator=g), "strength": strength}
+    entry = lambda strength: {"text": torch.randn(pictures, 3, 5, generator=g), "strength": strength}
     return SimpleNamespace(
-        x=torch.randn(2, 4, 8, 6, generator=g) * 2,
+        x=torch.randn(pictures, 4, 8, 6, generator=g) * 2,
         cond=[entry([1.0, 0.6, 1.3][i]) for i in range(composed)],
         uncond=[entry(1.0)],
     )
+
+
+def one_of(inputs, picture):
+    """One picture of a batch, as a batch of its own."""
+    one = slice(picture, picture + 1)
+    part = lambda entries: [{**entry, "text": entry["text"][one]} for entry in entries]
+    return SimpleNamespace(x=inputs.x[one], cond=part(inputs.cond), uncond=part(inputs.uncond))
 
 
 def expected(inputs, perturbed=False):
@@ -114,11 +122,11 @@ def expected(inputs, perturbed=False):
     return cond, UNET(inputs.x, inputs.uncond[0]["text"])
 
 
-def guided(inputs, patch, host, scale=7.0, base=None, fits=True):
+def guided(inputs, patch, host, scale=7.0, base=None, fits=True, call=None):
     plan = plan_of(patch, UNET)
     patched = PatchedUnet(base or Patcher(UNET), plan, host_attention=host_attention, fits=lambda *_: fits)
     install_guidance(patched.patcher, patched.cell, GuidancePipeline(plan), host.calc_cond_uncond_batch)
-    with patched.open(Call(2.0, 0)):
+    with patched.open(call or Call(SIGMA, 0)):
         return host.sample(patched.patcher, inputs.x, inputs.cond, inputs.uncond, scale)
 
 
@@ -202,6 +210,31 @@ def test_only_uncond_rows_are_recorded(composed, one_by_one, fits):
     guided(inputs, patch, Host(one_by_one), fits=fits)
     whole = [(len(q), size) for q, size in patch.recorded if len(q)]
     assert (2, (8, 6)) in whole
+
+
+@given(kind=st.sampled_from([COND, UNCOND]), **LAYOUTS)
+def test_every_row_tells_whose_it_is(kind, composed, one_by_one, fits):
+    inputs, call, shown = draw(composed, pictures=3), Call(SIGMA, 0), []
+
+    def note(_, args, __):
+        for x, row in zip(args[0], call.rows, strict=True):
+            shown.append(torch.equal(x, inputs.x[row.picture]))
+
+    handle = UNET.register_forward_hook(note)
+    guided(inputs, Trace(after=lambda d, raw: raw.predict(raw.x, kind)), Host(one_by_one), fits=fits, call=call)
+    handle.remove()
+    assert all(shown) and len(shown) >= 12
+
+
+@given(pictures=st.integers(2, 3), cfg_scale=st.sampled_from([1.0, 7.0]), **LAYOUTS)
+def test_sag_makes_each_picture_of_a_batch_as_if_it_were_alone(pictures, cfg_scale, composed, one_by_one, fits):
+    inputs = draw(composed, pictures=pictures)
+
+    def made(part):
+        patch = sag.begin(sag.SagSettings(scale=5.0), plan_of(None, UNET).run)
+        return guided(part, patch, Host(one_by_one), cfg_scale, fits=fits)
+
+    _assert_close(made(inputs), torch.cat([made(one_of(inputs, picture)) for picture in range(pictures)]))
 
 
 def test_another_extensions_attention_serves_the_plain_rows_and_sees_the_hosts_rows():

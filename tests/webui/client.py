@@ -131,7 +131,7 @@ class WebUI:
         matching = [t for t in titles if any(part in t.lower() for part in FAMILIES[family])]
         if family == "sd1":
             matching = [t for t in matching if not any(part in t.lower() for part in FAMILIES["v-prediction"])]
-        return min(matching, key=len, default=None)
+        return min(matching, key=lambda title: len(title.split(" [")[0]), default=None)  # a hash comes with first use
 
     @contextmanager
     def using_checkpoint(self, title: str) -> Iterator[None]:

@@ -126,6 +126,20 @@ def test_prompts_in_batches(webui, prompt, negative):
         assert distance(on.pictures[k], single.picture) < 0.5, f"picture {k} depends on its batch mate"
 
 
+@pytest.mark.parametrize("prompt", ["a lighthouse AND a dog", "a lighthouse :1.1 AND a dog :0.6 AND rain :0.3"])
+@pytest.mark.parametrize("way", ["CFG 1", "NGMS"])
+def test_sag_without_uncond_keeps_the_pictures_of_a_batch_apart(webui, prompt, way):
+    request = {"prompt": prompt, "steps": 4, "cfg_scale": 1 if way == "CFG 1" else 5}
+    request["s_min_uncond"] = 20.0 if way == "NGMS" else 0.0
+    batch = webui.txt2img(asking("sag"), batch_size=2, seed=20, **request)
+    assert batch.status == 200 and batch.acted("sag"), batch.body
+    plain = webui.txt2img(batch_size=2, seed=20, **request)
+    for k in range(2):
+        single = webui.txt2img(asking("sag"), seed=20 + k, **request)
+        assert distance(batch.pictures[k], plain.pictures[k]) > 0.02
+        assert distance(batch.pictures[k], single.picture) < 0.02, f"picture {k} depends on its batch mate"
+
+
 NEUTRAL = {
     "tcfg": {"strength": 0.0},
     "fresca": {"scale_low": 1.0, "scale_high": 1.0},

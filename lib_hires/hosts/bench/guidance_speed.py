@@ -26,7 +26,7 @@ from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan, make_plan
 from lib_hires.registry import BY_NAME, TECHNIQUES
-from lib_hires.run import COND, EPS, HIRES_PASS, PERTURBED, UNCOND, Call, ModelFacts, Run, Start
+from lib_hires.run import COND, EPS, HIRES_PASS, PERTURBED, UNCOND, Call, ModelFacts, Row, Run, Start
 from lib_hires.samplers import Sampler
 from lib_hires.sites import NoisyLatent, PerturbedAttention, Predictions, RecordedAttention
 from lib_hires.techniques.guidance.tcfg import damped_uncond
@@ -81,7 +81,7 @@ class Setup:
         x, t, context = self.x.expand(rows, -1, -1, -1), torch.full((rows,), 400.0), self.context[:rows]
         if unet is None:
             return self.unet(x, t, context=context)
-        call = Call(SIGMA, 0, rows=kinds)
+        call = Call(SIGMA, 0, rows=tuple(Row(kind, 0) for kind in kinds))
         with unet.open(call):
             return self.unet(x, t, context=context)
 

@@ -35,6 +35,7 @@ from lib_hires.run import (
     UNCOND,
     Call,
     ModelFacts,
+    Row,
     Run,
     Size,
     Start,
@@ -342,7 +343,7 @@ class _Denoiser:
 
     def _predictions(self, x: Tensor, sigma: Tensor, call: Call, kinds: list[str]) -> dict[str, Tensor]:
         """x0 of every kind, from one UNet evaluation."""
-        call.rows = tuple(kind for kind in kinds for _ in range(len(x)))
+        call.rows = tuple(Row(kind, picture) for kind in kinds for picture in range(len(x)))
         context = torch.cat([self._context[kind] for kind in kinds])
         out = self._wrapper(torch.cat([x] * len(kinds)), torch.cat([sigma] * len(kinds)), cond=context)
         return dict(zip(kinds, out.chunk(len(kinds)), strict=True))

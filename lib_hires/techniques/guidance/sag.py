@@ -9,7 +9,9 @@ uncond prediction, G a Gaussian blur and r the guided result,
     out = r + scale (D - s)               in x0 space: for eps it is r + scale (eps_u - eps_s)
 
 alpha is 1 where x = x0 + sigma noise, and 1 - sigma for a flow model. Without CFG there is no u, and cond takes its
-place throughout. The mask is as large as the middle block's map and is enlarged to the latent, nearest neighbour. The
+place throughout. A picture of several prompts (AND) then has several maps A. No reference says how they go together: we
+take their mean, for any of them is a part of the picture that the model looks at, whatever weight its prompt has, also
+below 0. The mask is as large as the middle block's map and is enlarged to the latent, nearest neighbour. The
 blur is defined on any map, so latents of 4 cells and less, which ComfyUI leaves alone, are no exception here.
 
 Reference: Hong et al. 2023, "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", arXiv
@@ -19,6 +21,7 @@ Reference: Hong et al. 2023, "Improving Sample Quality of Diffusion Models Using
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +31,7 @@ from torch import Tensor
 from lib_hires.attention_blocks import layer_names
 from lib_hires.blur import gaussian_blur
 from lib_hires.precision import full_precision
-from lib_hires.run import COND, FLOW, UNCOND, Call, Run
+from lib_hires.run import COND, FLOW, UNCOND, Call, Row, Run
 from lib_hires.settings import Settings, number, passes_choice, toggle, window_end, window_start
 from lib_hires.sites import Guidance, Place, Predictions, Projections, RecordedAttention
 from lib_hires.technique import Patch, Refusal, Rest, Technique, unet_of
@@ -97,28 +100,27 @@ def degraded(base: Tensor, mask: Tensor, sigma: float, radius: int | None = None
 
 
 class AttentionOfCall:
-    """The attention received in one call, [rows, h, w] for each kind of row; a call may take several evaluations."""
+    """The attention received in one call, a map [h, w] for every row; a call may take several evaluations."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self._maps: dict[str, list[Tensor]] = {}
+        self._maps: dict[Row, list[Tensor]] = {}
 
-    def add(self, kind: str, received: Tensor) -> None:
-        self._maps.setdefault(kind, []).append(received)
+    def add(self, rows: Sequence[Row], received: Tensor) -> None:
+        """Maps [rows, h, w]."""
+        for row, one in zip(rows, received, strict=True):
+            self._maps.setdefault(row, []).append(one)
 
     def per_picture(self, kind: str, pictures: int) -> Tensor | None:
-        """The map of every picture [pictures, 1, h, w], None where there is none.
+        """The map of every picture [pictures, 1, h, w], the mean over its rows of this kind.
 
-        Rows come grouped by picture. Composed prompts give a picture several rows: their mean is taken. Rows that
-        cannot be shared out evenly, or maps of different sizes (regional prompts), give no map.
+        None where one has none: its rows were not seen, or nobody tells whose they are. None as well where maps are of
+        different sizes (regional prompts).
         """
-        maps = self._maps.get(kind, [])
-        if len({received.shape[1:] for received in maps}) != 1:
+        maps = [self._maps.get(Row(kind, picture), []) for picture in range(pictures)]
+        if not all(maps) or len({one.shape for of_picture in maps for one in of_picture}) != 1:
             return None
-        rows = torch.cat(maps)
-        if len(rows) % pictures:
-            return None
-        return rows.unflatten(0, (pictures, -1)).mean(dim=1, keepdim=True)
+        return torch.stack([torch.stack(of_picture).mean(dim=0, keepdim=True) for of_picture in maps])
 
 
 class SagPatch(Patch, Guidance, RecordedAttention):
@@ -148,7 +150,7 @@ class SagPatch(Patch, Guidance, RecordedAttention):
         if self._recorded is None or self._recorded.call is not place.call:
             self._recorded = AttentionOfCall(place.call)
         received = received_attention(projections.q, k, place.heads)
-        self._recorded.add(place.predicts, received.unflatten(-1, place.size))
+        self._recorded.add(place.rows, received.unflatten(-1, place.size))
 
     def after_mix(self, denoised: Tensor, raw: Predictions) -> Tensor:
         recorded, self._recorded, self._finished = self._recorded, None, raw.call
