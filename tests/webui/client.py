@@ -32,6 +32,7 @@ FAMILIES = {
     "v-prediction": ("-v.", "vpred", "v-pred"),
     "sdxl": ("xl",),
     "dit": ("sd3", "flux"),
+    "inpainting": ("inpainting",),
 }
 
 _INFOTEXT_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

@@ -147,6 +147,34 @@ def test_beside_soft_inpainting_it_refuses(webui):
     assert "Soft Inpainting is on" in both.note and not both.acted("differential_diffusion")
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M SDE", "DDIM"])
+def test_an_inpainting_checkpoint(on_family, webui, sampler):
+    """The model sees the mask as well; the host makes it, from the same grey picture."""
+    server = on_family("inpainting")
+    request = {"sampler_name": sampler, "steps": 5}
+    off, on = paint(server, **request), paint(server, differential(), **request)
+    assert on.acted("differential_diffusion") and is_alive(on.picture)
+    black, dark = ((slice(None), slice(SIZE * k // BANDS, SIZE * (k + 1) // BANDS)) for k in (0, 2))
+    assert same(on.picture[black], original(server)[black])
+    assert distance(on.picture[dark], original(server)[dark]) > distance(off.picture[dark], original(server)[dark])
+    repeated = distance(paint(server, **request).picture, off.picture)
+    assert repeated < (0.1 if server.host == FORGE else 1e-9)
+
+
+def test_a_sketch_with_transparent_colour(webui):
+    """Inpaint sketch: the painted picture, and a mask that is grey where the colour is transparent."""
+    sketch = scene().convert("RGB")
+    sketch.paste((200, 40, 40), (32, 32, 96, 96))
+    grey = Image.new("L", (SIZE, SIZE), 0)
+    grey.paste(128, (32, 32, 96, 96))
+    request = {"init_images": [encode(sketch)], "mask_blur": 4}
+    off, on = paint(webui, mask=grey, **request), paint(webui, differential(), grey, **request)
+    assert on.acted("differential_diffusion") and is_alive(on.picture) and not same(on.picture, off.picture)
+    outside = np.ones((SIZE, SIZE), bool)
+    outside[16:112, 16:112] = False  # beyond what the blur reaches
+    assert same(on.picture[outside], np.asarray(sketch)[outside])
+
+
 def test_without_a_mask_it_rests(webui):
     off, on = webui.img2img(), webui.img2img(differential())
     assert same(on.picture, off.picture) and not on.acted("differential_diffusion")
