@@ -1,12 +1,13 @@
 """What the techniques cost in one UNet evaluation of cond and uncond, beside what the operations allow.
 
-    ./dev speed                      everything, some minutes on one core
+    ./dev speed                      everything but sd15, some minutes on one core
     ./dev speed --part attention     one part of it
 
 shrink      DeepShrink on SD 1.5's block layout and channel proportions at 0.4 of its width, native 16x16 (the trained
             bench model is flatter, and its deep blocks weigh less).
 attention   The attention techniques at 0.2 of SD 1.5's width, native 64x64, at that size and at twice. Attention is a
             larger part of so narrow a network than of SD 1.5, whose own bound stands in the last column.
+sd15        Scale fusion at SD 1.5's own width and 1024 px. Only if asked for: an evaluation takes minutes and 6 GiB.
 memory      The most memory in use, on SD 1.5 as it is, in half precision at 1024 px. Counted from the tensors that
             live at once (see evaluation.py), weights left out: they would only hide the difference.
 freeu       FreeU's filter beside the Fourier transform that it replaces.
@@ -88,6 +89,7 @@ NATIVE_CASES = tuple(
     Case(f"{BY_NAME[name].title}, native", name)
     for name in ("near_sighted_tile", "slothful", "near_sighted_attention", "scale_fusion")
 )
+ONLY_IF_ASKED = ("sd15",)
 FREEU_SHAPES = ((2, 1280, 32, 32), (2, 640, 64, 64))
 MOST_MEMORY = 1.3  # times plain
 UNET_FAMILIES = ("Composition", "Quality", "Attention")
@@ -156,6 +158,12 @@ def attention(repeats: int) -> None:
             print(f"{_line(case.title, side, plain, changed, bound)} {sd15:7.2f}", flush=True)
 
 
+def sd15(repeats: int) -> None:
+    cases = [Case("Scale fusion, SD 1.5", "scale_fusion")]
+    ((plain, changed),) = timed(SD15, 128, cases, (repeats + 3) // 4)
+    print(f"{HEAD}\n{_line(cases[0].title, 128, plain, changed, *bounds(SD15, 128, cases))}")
+
+
 def memory(repeats: int) -> None:
     """Every preset of every technique that acts in the UNet; a line tells the preset that takes most."""
     evaluation = Evaluation(SD15, 128, META, torch.float16)
@@ -207,6 +215,7 @@ def freeu(repeats: int) -> None:
 PARTS: Mapping[str, Callable[[int], None]] = {
     "shrink": shrink,
     "attention": attention,
+    "sd15": sd15,
     "memory": memory,
     "freeu": freeu,
 }
@@ -237,7 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     _warm_up()
     with torch.inference_mode():
-        for number, part in enumerate([options.part] if options.part else PARTS):
+        usual = [part for part in PARTS if part not in ONLY_IF_ASKED]
+        for number, part in enumerate([options.part] if options.part else usual):
             print("\n" * bool(number), end="")
             PARTS[part](options.repeats)
 
