@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,15 +51,17 @@ def chained(acting: Acting, place: Place, whole: Attend, parts: Attend) -> Atten
 
 @dataclass(frozen=True)
 class AttentionPatches:
-    """The patches of a plan at the three sites of self-attention."""
+    """The patches of a plan at the three sites of self-attention, and the seeds of the pictures that they act on."""
 
     perturbing: Sequence[PerturbedAttention] = ()
     recording: Sequence[RecordedAttention] = ()
     changing: Acting = ()
+    seeds: tuple[int, ...] = (0,)
 
     @classmethod
     def of(cls, plan: Plan) -> AttentionPatches:
-        return cls(plan.at(PerturbedAttention), plan.at(RecordedAttention), plan.at(SelfAttention))
+        sites = plan.at(PerturbedAttention), plan.at(RecordedAttention), plan.at(SelfAttention)
+        return cls(*sites, seeds=plan.run.seeds)
 
     def __bool__(self) -> bool:
         return bool(self.perturbing or self.recording or self.changing)
@@ -95,6 +97,7 @@ class AttentionWalk:
         self._perturbing = [patch for patch in patches.perturbing if patch.perturbs(call)]
         self._recording = [patch for patch in patches.recording if patch.records(call)]
         self._changing = patches.changing
+        self._seeds = patches.seeds
         self._call = call
 
     def serves(self, layer: AttentionLayer) -> bool:
@@ -105,14 +108,20 @@ class AttentionWalk:
             or any(patch.may_act(layer, self._call) for patch in self._changing)
         )
 
-    def splits(self, layer: AttentionLayer) -> bool:
-        """Whether perturbed rows, which need whole maps, stand beside others here: sources then differ by row."""
-        return bool(self._perturbed_rows(layer))
+    def splits(self, layer: AttentionLayer, heads: int, batch: int) -> bool:
+        """Whether sources differ by row here: perturbed rows, which need whole maps, stand beside others, or a patch
+        draws for every picture."""
+        if self._perturbed_rows(layer):
+            return True
+        place = self._place(layer, heads)
+        return len(self._served_together(place, self._acting(place), range(batch))) > 1
 
     def sources(self, layer: AttentionLayer, heads: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The sources of K and V for all rows, for hosts that ask before they project."""
+        """The sources of K and V for all rows, for hosts that ask before they project. Not where rows split."""
         place = self._place(layer, heads)
-        return changed_sources(self._acting(place), key, value, place)
+        acting = self._acting(place)
+        ((place, _),) = self._served_together(place, acting, range(len(key)))
+        return changed_sources(acting, key, value, place)
 
     def attention(self, host: HostLayer) -> Tensor:
         """The layer's output for all rows: perturbed where the call's rows say so, else as the patches that act here
@@ -122,7 +131,7 @@ class AttentionWalk:
         for recorder in self._recording:
             if recorder.records_in(layer):
                 self._record(recorder, host)
-        attention = (lambda rows: host.changed(rows, place, acting)) if acting else host.plain
+        attention = (lambda rows: self._changed(host, place, acting, rows)) if acting else host.plain
         rows = self._perturbed_rows(layer)
         if not rows:
             return attention(range(host.batch))
@@ -130,7 +139,31 @@ class AttentionWalk:
         perturbed = host.finish(patch.perturb(host.project(rows), self._place(layer, host.heads, rows)))
         chosen = set(rows)
         others = [row for row in range(host.batch) if row not in chosen]
-        return _joined(rows, perturbed, others, attention(others)) if others else perturbed
+        if not others:
+            return perturbed
+        plain = attention(others)  # which stay what they are: all rows get their dtype
+        return _joined([(rows, perturbed.to(plain.dtype)), (others, plain)])
+
+    def _changed(self, host: HostLayer, place: Place, acting: Acting, rows: Rows) -> Tensor:
+        parts = [
+            (together, host.changed(together, at, acting))
+            for at, together in self._served_together(place, acting, rows)
+        ]
+        return parts[0][1] if len(parts) == 1 else _joined(parts)
+
+    def _served_together(self, place: Place, acting: Acting, rows: Rows) -> list[tuple[Place, Rows]]:
+        """All rows at once, or those of one seed after another where a patch draws by it."""
+        if len(set(self._seeds)) == 1 or not any(patch.draws_at(place) for patch in acting):
+            return [(place, rows)]
+        by_seed: dict[int, list[int]] = {}
+        for row in rows:
+            by_seed.setdefault(self._seed_of(row), []).append(row)
+        return [(replace(place, seed=seed), together) for seed, together in by_seed.items()]
+
+    def _seed_of(self, row: int) -> int:
+        """The seed of a row's picture; the first picture's where nobody tells whose the row is."""
+        picture = self._call.rows[row].picture if row < len(self._call.rows) else None
+        return self._seeds[picture] if picture is not None and picture < len(self._seeds) else self._seeds[0]
 
     def _perturbed_rows(self, layer: AttentionLayer) -> Rows:
         perturbed = any(patch.perturbs_in(layer) for patch in self._perturbing)
@@ -151,14 +184,15 @@ class AttentionWalk:
 
     def _place(self, layer: AttentionLayer, heads: int, picked: Rows = ()) -> Place:
         rows = tuple(self._call.rows[row] for row in picked)
-        return Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call, rows)
+        return Place(layer, self._call.sizes[layer.side, layer.block], heads, self._call, rows, self._seeds[0])
 
 
-def _joined(changed_rows: Rows, changed: Tensor, plain_rows: Rows, plain: Tensor) -> Tensor:
-    """All rows in their order, in the dtype of the plain ones, which thus stay what they are.
+def _joined(parts: Sequence[tuple[Rows, Tensor]]) -> Tensor:
+    """All rows in their order.
 
     Stacked from views: a scatter by row numbers would copy an index to the device in every layer.
     """
-    by_row = dict(zip(changed_rows, changed.to(plain.dtype), strict=True))
-    by_row.update(zip(plain_rows, plain, strict=True))
-    return torch.stack([by_row[row] for row in range(len(by_row))])
+    by_row: dict[int, Tensor] = {}
+    for rows, out in parts:
+        by_row.update(zip(rows, out, strict=True))
+    return torch.stack([by_row[row] for row in sorted(by_row)])

@@ -47,9 +47,9 @@ class Run:
     """One sampling run of one pass. Immutable.
 
     `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
-    them; adaptive samplers give only their range, and while a run is prepared they are the model's range. `start` is
-    None where the pass begins from noise alone. `mask` is the mask [B or 1, C or 1, h, w] of an inpainting run, 1 =
-    repaint; `mask_user` names another extension that decides how it is blended.
+    them; adaptive samplers give only their range, and while a run is prepared they are the model's range. `seeds` are
+    those of the batch's pictures. `start` is None where the pass begins from noise alone. `mask` is the mask [B or 1,
+    C or 1, h, w] of an inpainting run, 1 = repaint; `mask_user` names another extension that decides how it is blended.
     """
 
     host: str
@@ -57,7 +57,7 @@ class Run:
     model: ModelFacts
     latent: Size
     sigmas: tuple[float, ...]
-    seed: int = 0
+    seeds: tuple[int, ...] = (0,)
     sampler: Sampler = field(default_factory=Sampler)
     start: Start | None = None
     hires_follows: bool = False  # a first pass whose picture a hires pass goes on with

@@ -96,8 +96,9 @@ class Place:
     """One self-attention in one call, for the rows at hand.
 
     `size` is the true (h, w) of its tokens [B, h*w, C], row major. `rows` are the rows at hand where they were picked
-    for what they predict, else empty. Another extension may have changed the number of tokens: compare before reshaping
-    to `size`.
+    for what they predict, else empty. `seed` is that of their picture where a patch draws random numbers
+    (`SelfAttention.draws_at`), else of the batch's first. Another extension may have changed the number of tokens:
+    compare before reshaping to `size`.
     """
 
     layer: AttentionLayer
@@ -105,6 +106,7 @@ class Place:
     heads: int
     call: Call
     rows: tuple[Row, ...] = ()
+    seed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -152,6 +154,11 @@ class SelfAttention:
     def acts_at(self, place: Place) -> bool:
         """Whether it acts here. Where nobody does, the host's own attention runs."""
         raise NotImplementedError
+
+    def draws_at(self, place: Place) -> bool:
+        """Whether what it does here depends on random numbers. They go by a picture's own seed (`place.seed`), so that
+        no picture depends on its batch mates: pictures of other seeds are then served one after another."""
+        return False
 
     def sources(self, key_source: Tensor, value_source: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """The tokens [B, M, C] that K and V are projected from; they come as [B, h*w, C] unless others changed them."""

@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lib_hires.run import Call, Run, Size
-from lib_hires.sites import Attend
+from lib_hires.run import Run, Size
+from lib_hires.sites import Attend, Place
 
 T = TypeVar("T")
 Corners = Sequence[Size]  # (row, column) of the first token of each window
@@ -61,9 +61,9 @@ def _moved(start: int, by: int, last: int) -> int:
     return min(max(start + by, 0), last) if 0 < start < last else start
 
 
-def seeded(run: Run, call: Call, size: Size) -> random.Random:
+def seeded(place: Place) -> random.Random:
     """Random numbers of one picture, noise level and map size: the same on every device and in every layer."""
-    return random.Random(f"{run.seed} {call.sigma:.4g} {size}")
+    return random.Random(f"{place.seed} {place.call.sigma:.4g} {place.size}")
 
 
 def tokens_in(windows: Corners, side: Size, size: Size) -> Tensor:
@@ -188,11 +188,12 @@ def _merged(windows: Windows, out: Tensor) -> Tensor:
 
 
 class Remembered:
-    """The last few things that were made, by key: layers of one size share their windows. Dies with its patch."""
+    """The last few things that were made for a run, by key: layers of one size share their windows, and every picture
+    may have its own. Dies with its patch."""
 
-    def __init__(self, most: int = 16) -> None:
+    def __init__(self, run: Run, most_per_picture: int = 16) -> None:
         self._made: dict[Hashable, object] = {}
-        self._most = most
+        self._most = most_per_picture * len(run.seeds)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
         if key not in self._made:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lib_hires.guidance import GuidancePipeline
 from lib_hires.hosts import others
 from lib_hires.hosts.a1111_guidance import DenoisedSpace, EpsSpace, GuidedCall
+from lib_hires.hosts.a1111_rows import UnetRows, rows_of_callback
 from lib_hires.hosts.a1111_schedule import counts_timesteps, scheduled, start_latent
 from lib_hires.hosts.ldm_unet import HookedUnet
 from lib_hires.hosts.webui import native_size, planned_sigmas
@@ -18,6 +19,7 @@ from lib_hires.model_sampling import ModelSampling
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
 from lib_hires.run import EPS, FLOW, Call, ModelFacts, V
+from lib_hires.sites import SelfAttention
 from lib_hires.topology import unet_topology
 
 
@@ -62,6 +64,7 @@ class A1111:
     def installation(self, sd_model: Any, plan: Plan) -> Callable[[Call, Any], Any]:
         network = self.unet_identity(sd_model)
         unet, pipeline = HookedUnet(network, plan, _with_hypernetworks), GuidancePipeline(plan)
+        differs_by_seed = bool(plan.at(SelfAttention)) and len(set(plan.run.seeds)) > 1
 
         @contextmanager
         def open_call(call: Call, params: Any) -> Iterator[None]:
@@ -71,6 +74,8 @@ class A1111:
                     space = EpsSpace(call.sigma) if counts_timesteps(params.denoiser) else DenoisedSpace()
                     guided = GuidedCall(pipeline, params, call, space, _may_skip_uncond(params.denoiser))
                     stack.enter_context(guided.open(network))
+                elif differs_by_seed:
+                    stack.enter_context(UnetRows(call, rows_of_callback(params)).open(network))
                 yield
 
         return open_call

@@ -10,13 +10,14 @@ the host may leave uncond out after the callback (NGMS, "ignore negative prompt 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lib_hires.guidance import GuidancePipeline, composed
+from lib_hires.hosts.a1111_rows import UnetRows, pictures_of_conds
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.run import COND, PERTURBED, UNCOND, Call, Row
 from lib_hires.sites import Predictions
@@ -81,12 +82,11 @@ class GuidedCall:
         self._x = space.noisy(params.x[self._conds :])
         self._perturbed = pipeline.wants_perturbed(call)
         self._skipped = may_skip_uncond and pipeline.skips_uncond(call)
-        self._pending: list[Row] = []  # the rows that have not reached the UNet yet
-        self._seen: set[str] = set()
+        self._rows = UnetRows(call)
         self._set_rows(params)
 
     def _set_rows(self, params: Any) -> None:
-        pictures = [*_pictures_of_conds(self._denoiser, self._conds, self._batch), *range(self._batch)]
+        pictures = [*pictures_of_conds(self._denoiser, self._conds, self._batch), *range(self._batch)]
         kinds = [COND] * self._conds + [UNCOND] * self._batch
         rows = list(range(len(kinds)))
         if self._perturbed:
@@ -99,29 +99,21 @@ class GuidedCall:
             params.text_uncond = _rows_of_text(self._cond, [])
         if self._perturbed or self._skipped:
             params.x, params.sigma, params.image_cond = (t[rows] for t in (params.x, params.sigma, params.image_cond))
-        self._pending = [Row(kind, pictures[row]) for kind, row in zip(kinds, rows, strict=True)]
+        self._rows.expect([Row(kind, pictures[row]) for kind, row in zip(kinds, rows, strict=True)])
 
     @contextmanager
     def open(self, network: nn.Module) -> Iterator[None]:
-        handle = network.register_forward_pre_hook(self._note_rows)
-        with ExitStack() as stack:
-            stack.callback(handle.remove)
+        with self._rows.open(network):
             host_combine = self._denoiser.combine_denoised
 
             def combine(x_out: Tensor, conds_list: Weights, uncond: Any, cond_scale: float) -> Tensor:
                 return self._combine(host_combine, x_out, conds_list, cond_scale)
 
-            stack.enter_context(instance_attribute(self._denoiser, "combine_denoised", combine))
-            yield
-
-    def _note_rows(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        count = len(args[0])
-        self._call.rows = tuple(self._pending[:count])
-        self._seen.update(row.predicts for row in self._call.rows)
-        del self._pending[:count]
+            with instance_attribute(self._denoiser, "combine_denoised", combine):
+                yield
 
     def _combine(self, host_combine: Callable[..., Tensor], x_out: Tensor, weights: Weights, scale: float) -> Tensor:
-        uncond = self._space.denoised(self._x, x_out[-self._batch :]) if UNCOND in self._seen else None
+        uncond = self._space.denoised(self._x, x_out[-self._batch :]) if UNCOND in self._rows.seen else None
         cond, strengths = self._composed_rows(x_out[: self._conds], weights, uncond)
         perturbed = x_out[self._conds : 2 * self._conds] if self._perturbed else None
         raw = Predictions(
@@ -162,10 +154,10 @@ class GuidedCall:
     def _predict(self, x: Tensor, kind: str, weights: Weights) -> Tensor:
         """One more evaluation at x [B, C, h, w] (our scaling), with the prompts of `kind`."""
         if kind == UNCOND:
-            self._pending = [Row(kind, picture) for picture in range(self._batch)]
+            self._rows.expect([Row(kind, picture) for picture in range(self._batch)])
             return self._space.denoised(x, self._evaluate(x, self._uncond, slice(self._conds, None)))
         pictures = [picture for picture, members in enumerate(weights) for _ in members]
-        self._pending = [Row(kind, picture) for picture in pictures]
+        self._rows.expect([Row(kind, picture) for picture in pictures])
         rows = x[pictures]
         out = self._space.denoised(rows, self._evaluate(rows, self._cond, slice(self._conds)))
         parts = [[(out[row : row + 1], weight) for row, weight in members] for members in weights]
@@ -175,17 +167,6 @@ class GuidedCall:
         condition = _condition(text, self._images[rows], self._denoiser)
         model_input = self._space.model_input(x).to(self._dtype)
         return self._denoiser.inner_model(model_input, self._sigmas[rows], cond=condition)
-
-
-def _pictures_of_conds(denoiser: Any, conds: int, batch: int) -> Sequence[int | None]:
-    """The picture that each cond row belongs to, as the prompts tell that the host makes the rows from; None for all
-    where these are not its prompts, because another extension changed the rows."""
-    given = getattr(getattr(denoiser, "sampler", None), "sampler_extra_args", None) or {}
-    prompts = getattr(given.get("cond"), "batch", ())
-    pictures = [picture for picture, parts in enumerate(prompts) for _ in parts]
-    if len(prompts) == batch and len(pictures) == conds:
-        return pictures
-    return range(batch) if conds == batch else [None] * conds
 
 
 def _common(strengths: Sequence[float], like: Tensor) -> float | Tensor:

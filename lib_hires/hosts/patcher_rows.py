@@ -33,7 +33,9 @@ class Rows:
         self._wants_perturbed = wants_perturbed
         self._fits = fits
         self._own: str | None = None
-        self._marks: list[int] = []
+        self._marks: list[int] = []  # of the host's own chunks
+        self._chunk_marks: list[int] = []  # of the chunks that are evaluated, ours behind them
+        self._chunk_rows = 1
 
     @contextmanager
     def own(self, kind: str) -> Iterator[None]:
@@ -57,10 +59,11 @@ class Rows:
 
     def told(self, args: dict[str, Any]) -> tuple[Row, ...]:
         """The rows of an evaluation with these arguments."""
-        chunks = len(args["cond_or_uncond"])
-        pictures = range(len(args["input"]) // chunks)
+        self._chunk_marks = list(args["cond_or_uncond"])
+        chunks = len(self._chunk_marks)
+        self._chunk_rows = len(args["input"]) // chunks
         kinds = [self._own] * chunks if self._own else self._kinds(chunks)
-        return tuple(Row(kind, picture) for kind in kinds for picture in pictures)
+        return tuple(Row(kind, picture) for kind in kinds for picture in range(self._chunk_rows))
 
     def _kinds(self, chunks: int) -> list[str]:
         """What the chunks of the host's own evaluation predict; those beyond its own are ours."""
@@ -75,9 +78,13 @@ class Rows:
             self.perturbed = out[rows:]
         return out[:rows]
 
-    def host_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Options for another extension's attention that gets the host's rows only."""
-        return {**options, "cond_or_uncond": self._marks}
+    def options_of(self, rows: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:
+        """Options for another extension's attention that gets some rows only: the same pictures of some chunks."""
+        chunks = sorted({row // self._chunk_rows for row in rows})
+        some = {**options, "cond_or_uncond": [self._chunk_marks[chunk] for chunk in chunks]}
+        if "cond_mark" in options:
+            some["cond_mark"] = options["cond_mark"][list(rows)]
+        return some
 
 
 def _with_copy(args: dict[str, Any], first: int, rows: int) -> dict[str, Any]:

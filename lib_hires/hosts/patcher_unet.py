@@ -47,7 +47,7 @@ class OpenCall:
     attention: AttentionWalk
     rows: Rows
     control: Control = field(default_factory=dict)  # ControlNet's residuals that are still to be added
-    whole: dict[AttentionLayer, Sources] = field(default_factory=dict)  # tokens of layers with perturbed rows
+    whole: dict[AttentionLayer, Sources] = field(default_factory=dict)  # tokens of layers where sources differ by row
 
 
 class PatchedUnet:
@@ -129,10 +129,11 @@ def _install_sources(patcher: Any, cell: Cell) -> None:
         layer = AttentionLayer(extra["block"][0], extra["block"][1], extra.get("block_index", 0))
         if cell.open is None or not cell.open.attention.serves(layer):
             return n, key, value
-        if cell.open.attention.splits(layer):  # the rows that change are projected when their attention runs
+        heads = extra["n_heads"]
+        if cell.open.attention.splits(layer, heads, len(key)):  # rows that change are projected when attention runs
             cell.open.whole[layer] = key, value
             return n, key, value
-        return n, *cell.open.attention.sources(layer, extra["n_heads"], key, value)
+        return n, *cell.open.attention.sources(layer, heads, key, value)
 
     patcher.set_model_attn1_patch(sources)
 
@@ -157,7 +158,8 @@ def _install_attention(
         def changed(rows: SomeRows, place: Place, acting: Acting) -> Tensor:
             some = [t if len(rows) == len(t) else t[list(rows)] for t in (q, k, v)]
             if whole is not None:
-                key_source, value_source = (t[list(rows)] for t in whole)
+                key_source = whole[0][list(rows)]
+                value_source = key_source if whole[1] is whole[0] else whole[1][list(rows)]  # one is reduced once
                 key_source, value_source = changed_sources(acting, key_source, value_source, place)
                 some[1:] = module.to_k(key_source), module.to_v(value_source)
             parts: Callable[..., Tensor] = partial(host_attention, heads=heads)
@@ -165,7 +167,7 @@ def _install_attention(
             return chained(acting, place, whole_map, parts)(*some)
 
         def options(rows: SomeRows) -> dict[str, Any]:
-            return cell.open.rows.host_options(extra) if cell.open and len(rows) < len(q) else extra
+            return cell.open.rows.options_of(rows, extra) if cell.open and len(rows) < len(q) else extra
 
         def project(rows: SomeRows) -> Projections:
             return Projections(*(lambda t=t: t[list(rows)] for t in (q, k, v)))

@@ -327,7 +327,7 @@ class SamplingRun:
             model=model,
             latent=self._latent,
             sigmas=self._adapter.sigmas(self._p.sampler, self._arguments, model),
-            seed=int(self._p.seeds[0]) if getattr(self._p, "seeds", None) else 0,
+            seeds=tuple(int(seed) for seed in getattr(self._p, "seeds", None) or [0]),
             sampler=self._sampler,
             start=self._start,
             hires_follows=_pass_name(self._p) == FIRST_PASS and bool(self._p.enable_hr),

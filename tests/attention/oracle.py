@@ -62,17 +62,17 @@ def numpy_attention(q, k, v, heads):
     return np.concatenate(out, axis=-1)
 
 
-def a_run(latent=(128, 128), unet=SD15, native=(64, 64), seed=0, **changes):
+def a_run(latent=(128, 128), unet=SD15, native=(64, 64), **changes):
     sigmas = tuple(SD.sigma(999 * (1 - i / 20)) for i in range(20))
-    return Run("bench", FIRST_PASS, ModelFacts("SD 1.x", native, SD, unet), latent, sigmas, seed, **changes)
+    return Run("bench", FIRST_PASS, ModelFacts("SD 1.x", native, SD, unet), latent, sigmas, **changes)
 
 
 def sigma_at(run, elapsed):
     return run.sigma_at(elapsed) if elapsed > 0 else run.sigma_first
 
 
-def a_place(size, layer=TOP, sigma=SD.sigma_max, heads=2):
-    return Place(layer, size, heads, Call(sigma, 0))
+def a_place(size, layer=TOP, sigma=SD.sigma_max, heads=2, seed=0):
+    return Place(layer, size, heads, Call(sigma, 0), seed=seed)
 
 
 def tokens(size, batch=1, channels=8, seed=0, dtype=torch.float32):

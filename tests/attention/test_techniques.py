@@ -229,11 +229,10 @@ def test_sources_that_another_patch_reduced_are_respected(mode, blend):
 
 
 def test_jitter_follows_seed_and_noise_level():
-    place_at = lambda sigma: a_place((41, 29), sigma=sigma)
-    x = tokens((41, 29))
+    x, run = tokens((41, 29)), a_run((41, 29), native=(16, 16))
 
     def out(module, settings, seed, sigma):
-        return layer_output(module.begin(settings, a_run((41, 29), native=(16, 16), seed=seed)), place_at(sigma), x)
+        return layer_output(module.begin(settings, run), a_place((41, 29), sigma=sigma, seed=seed), x)
 
     for module, settings in (
         (scale_fusion, ScaleFusionSettings()),

@@ -215,7 +215,7 @@ def test_timestep_samplers_and_k_diffusion_give_the_same_mathematics():
         )  # fmt: skip
         call = GuidedCall(GuidancePipeline(plan), params, Call(SIGMA, 0), space, may_skip_uncond=True)
         with call.open(UNET):
-            call._note_rows(UNET, (params.x,))
+            call._rows.note(UNET, (params.x,))
             rows = torch.cat([space.output(x, one) for one in (cond, p, uncond)])
             out = denoiser.combine_denoised(rows, denoiser.weights, negative, 7.0)
         results.append(space.denoised(x, out))

@@ -42,8 +42,11 @@ class TransformerBlock(nn.Module):
         if patch is None:
             out = self.attn1(tokens)
         else:  # as a host with a UNet patcher does it
-            a = self.attn1
-            out = a.to_out(patch(a.to_q(tokens), a.to_k(tokens), a.to_v(tokens), {**options, "n_heads": 1}))
+            a, extra = self.attn1, {**options, "n_heads": 1, "block": ("middle", 0), "block_index": 0}
+            n = key = value = tokens
+            for change in options.get("patches", {}).get("attn1_patch", []):
+                n, key, value = change(n, key, value, extra)
+            out = a.to_out(patch(a.to_q(n), a.to_k(key), a.to_v(value), extra))
         return h + out.transpose(1, 2).unflatten(2, h.shape[-2:])
 
 

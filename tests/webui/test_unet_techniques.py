@@ -111,9 +111,20 @@ def test_prompts_in_batches(webui, prompt):
     assert on.acted(*names)
     for k in range(2):
         assert is_alive(on.pictures[k])
-    # windows and tiles are placed by the seed of a batch's first picture
-    first = webui.txt2img(asking(*names), seed=20, prompt=prompt, **LARGE)
-    assert distance(on.pictures[0], first.picture) < 0.5, "a picture depends on its batch mate"
+        single = webui.txt2img(asking(*names), seed=20 + k, prompt=prompt, **LARGE)
+        assert distance(on.pictures[k], single.picture) < 0.5, f"picture {k} depends on its batch mate"
+
+
+@pytest.mark.parametrize("prompt", ["a lighthouse", "a lighthouse AND a dog :0.6"], ids=["one", "AND"])
+@pytest.mark.parametrize("name", ["scale_fusion", "near_sighted_tile", "near_sighted_attention"])
+def test_windows_and_tiles_lie_by_each_pictures_own_seed(webui, name, prompt):
+    tiles = {} if name == "scale_fusion" else {"base_tile_size": 16, "peak_tile_size": 16}
+    request = {"prompt": prompt, "width": 248, "height": 184}  # tiles of 16 have room in maps of 31x23
+    batch = webui.txt2img({name: tiles}, batch_size=2, seed=20, **request)
+    assert batch.status == 200 and batch.acted(name), batch.body
+    for k in range(2):
+        single = webui.txt2img({name: tiles}, seed=20 + k, **request)
+        assert distance(batch.pictures[k], single.picture) < 0.02, f"picture {k} depends on its batch mate"
 
 
 @pytest.mark.parametrize("size", [(136, 200), (264, 168), (152, 152)], ids=str)

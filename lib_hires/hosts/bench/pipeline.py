@@ -226,7 +226,7 @@ class Bench:
             model=self._facts,
             latent=latent,
             sigmas=(float(levels[-1]), float(levels[0])),
-            seed=request.seeds[0],
+            seeds=request.seeds,
             sampler=Sampler(samplers.SAMPLERS[request.sampler]),
             hires_follows=pass_name == FIRST_PASS and request.hires_scale > 1,
             stage=generation.stage,

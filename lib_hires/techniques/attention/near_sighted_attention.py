@@ -162,7 +162,7 @@ class NearSightedAttentionPatch(Patch, SelfAttention):
         self._run = run
         self._window = settings.window(run)
         self._levels = Levels(run)
-        self._remembered = Remembered()
+        self._remembered = Remembered(run)
         self._reduced: Place | None = None  # where the sources at hand are ours
 
     def may_act(self, layer: AttentionLayer, call: Call) -> bool:
@@ -174,6 +174,9 @@ class NearSightedAttentionPatch(Patch, SelfAttention):
             return False
         faster = self._levels.is_above_native(place) and sight.seen < area(place.size)
         return faster or not self._settings.only_where_faster
+
+    def draws_at(self, place: Place) -> bool:
+        return self._settings.shift_tiles and self._sight(place).tiles.have_room
 
     def sources(self, key_source: Tensor, value_source: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         self._reduced = None
@@ -206,7 +209,7 @@ class NearSightedAttentionPatch(Patch, SelfAttention):
         s = self._settings
         if not self._levels.is_within(place.layer, s.tiling_max_depth):
             return Tiles.of(place.size, max(place.size), None)
-        rng = seeded(self._run, place.call, place.size) if s.shift_tiles else None
+        rng = seeded(place) if s.shift_tiles else None
         return Tiles.of(place.size, round(between(s.base_tile_size, s.peak_tile_size, weight)), rng)
 
     def describe(self) -> str:

@@ -89,7 +89,7 @@ class NearSightedTilePatch(Patch, SelfAttention):
         self._run = run
         self._window = settings.window(run)
         self._levels = Levels(run)
-        self._remembered = Remembered()
+        self._remembered = Remembered(run)
 
     def may_act(self, layer: AttentionLayer, call: Call) -> bool:
         return call.sigma in self._window and self._levels.is_within(layer, self._settings.tiling_max_depth)
@@ -102,6 +102,9 @@ class NearSightedTilePatch(Patch, SelfAttention):
         faster = self._levels.is_above_native(place) and seen < area(place.size)
         return faster or not self._settings.only_where_faster
 
+    def draws_at(self, place: Place) -> bool:
+        return self._settings.shift_tiles and self._tiles(place)[0].have_room
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place, inner: Attend) -> Tensor:
         if k.shape[1] != area(place.size):
             return inner(q, k, v)
@@ -111,10 +114,10 @@ class NearSightedTilePatch(Patch, SelfAttention):
         return attend_in(windows, q, k, v, inner)
 
     def _tiles(self, place: Place) -> tuple[Tiles, float]:
-        s, call = self._settings, place.call
-        weight = s.weight(self._run, call.sigma)
+        s = self._settings
+        weight = s.weight(self._run, place.call.sigma)
         most = round(between(s.base_tile_size, s.peak_tile_size, weight))
-        rng = seeded(self._run, call, place.size) if s.shift_tiles else None
+        rng = seeded(place) if s.shift_tiles else None
         return Tiles.of(place.size, most, rng), between(s.base_global_ratio, s.peak_global_ratio, weight)
 
     def describe(self) -> str:

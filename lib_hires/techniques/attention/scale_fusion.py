@@ -127,7 +127,7 @@ class ScaleFusionPatch(Patch, SelfAttention):
         self._run = run
         self._window = settings.window(run)
         self._levels = Levels(run)
-        self._remembered = Remembered()
+        self._remembered = Remembered(run)
 
     def may_act(self, layer: AttentionLayer, call: Call) -> bool:
         return call.sigma in self._window
@@ -136,6 +136,14 @@ class ScaleFusionPatch(Patch, SelfAttention):
         if self._side(place) == place.size:
             return False
         return self._levels.is_above_native(place) or not self._settings.only_above_native
+
+    def draws_at(self, place: Place) -> bool:
+        side = self._side(place)
+        between_borders = (
+            length - window > (0 if self._settings.mode == NEIGHBOURHOOD else window // 2)
+            for length, window in zip(place.size, side, strict=True)
+        )
+        return self._jitter(side) > 0 and any(between_borders)  # windows at a border keep to it
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place, inner: Attend) -> Tensor:
         if k.shape[1] != area(place.size):
@@ -157,14 +165,18 @@ class ScaleFusionPatch(Patch, SelfAttention):
 
     def _windows(self, place: Place, device: torch.device) -> Windows:
         size, side = place.size, self._side(place)
-        most = min(side) // 8 if self._settings.jitter else 0
+        most = self._jitter(side)
         kind = neighbourhoods if self._settings.mode == NEIGHBOURHOOD else overlapping_windows
 
         def shift(windows: Corners) -> Corners:
-            return shifted(windows, most, side, size, seeded(self._run, place.call, size)) if most else windows
+            return shifted(windows, most, side, size, seeded(place)) if most else windows
 
-        key = kind, size, side, device, place.call.sigma if most else None
+        key = kind, size, side, device, (place.seed, place.call.sigma) if most else None
         return self._remembered.get(key, lambda: kind(size, side, shift).to(device))
+
+    def _jitter(self, side: Size) -> int:
+        """By how many tokens a window may move."""
+        return min(side) // 8 if self._settings.jitter else 0
 
     def _side(self, place: Place) -> Size:
         """The window: this layer's map at native size, inside the map."""

@@ -37,6 +37,11 @@ class Tiles:
         return len(self.rows) * len(self.columns)
 
     @property
+    def have_room(self) -> bool:
+        """Whether they overlap, so that they could lie elsewhere."""
+        return (len(self.rows) * self.side[0], len(self.columns) * self.side[1]) != self.size
+
+    @property
     def area(self) -> int:
         return self.side[0] * self.side[1]
 
