@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib_hires.generation import Generation
+from lib_hires.hosts import hires_stages
 from lib_hires.hosts.hires_stages import attach_stages
 from lib_hires.techniques.hires.cascade import CascadeSettings
 
@@ -21,6 +22,7 @@ def host(monkeypatch):
     shared.state = SimpleNamespace(interrupted=False, skipped=False, job_count=1)
     monkeypatch.setitem(sys.modules, "modules", package)
     monkeypatch.setitem(sys.modules, "modules.shared", shared)
+    monkeypatch.setattr(hires_stages, "_native", lambda p: (512, 512))
 
 
 class Processing:

@@ -13,8 +13,8 @@ that add noise. Either runs inside the host's sampler: its history and its noise
 ComfyUI's node runs one-step samplings instead, each adding noise once more, with independent noise per level: hence its
 grain, which the clean-up passes of its users remove. Of its later version the Perlin masks and the rewind are left out.
 The masks let patches of the picture go without the reference, at random: the detail map does so where it helps, and a
-painted map where the user wants it. Rewind
-noises again and repeats part of the run, which is what Restart samplers do, in every host.
+painted map where the user wants it. Rewind noises again and repeats part of the run, which is what Restart samplers do,
+in every host.
 
 References: DemoFusion (Du et al. 2024), FreeScale (Qiu et al. 2025), ComfyUI's Iterative Mixing nodes.
 """
@@ -134,9 +134,8 @@ class IterativeMixingSettings(Settings):
     painting: str = painting(
         shown_with=("detail", PAINTED),
         label="Painted map",
-        help='White has "Alpha", black has "Alpha elsewhere", grey lies between. '
-        "It is stretched over the picture of the "
-        "pass; with Inpaint area Only masked, over the part that is cut out.",
+        help='White has "Alpha", black has "Alpha elsewhere", grey lies between. It is stretched over the picture of '
+        "the pass; with Inpaint area Only masked, over the part that is cut out.",
     )
     normalize_fraction: float = number(
         0.0, 0.0, 1.0, 0.05,
