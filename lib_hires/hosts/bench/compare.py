@@ -5,8 +5,11 @@
 ./dev bench --rows guidance --pictures 40    every guidance technique at low, normal and burning CFG
 ./dev bench --rows unet --pictures 60        every technique that acts in the UNet, above native size
 ./dev bench --rows hires --pictures 100      a second pass at twice the size: what it keeps, draws and adds
-./dev bench --rows hires-4x --pictures 100 --steps 8 --sampler "DPM++ 2M"
-                                             four times the size, at once and in stages; two hours on two cores
+./dev bench --rows hires-4x --pictures 100 --steps 6 --sampler "DPM++ 2M"
+                                             four times the size, at once and in stages; more than an hour
+./dev bench --rows unet-4x --pictures 24 --steps 6 --sampler "DPM++ 2M"
+
+Long jobs can be broken off and continued with --resume.
 """
 
 from __future__ import annotations
