@@ -93,6 +93,8 @@ def test_passes(webui, tab):
     def make(plugin=None):
         return getattr(webui, tab)(plugin, **({} if tab == "hires" else LARGE))
 
+    if webui.host == FORGE:
+        make()  # its first picture of a size differs from the later ones in the last bits, with or without us
     off, on = make(), make(asking(*names))
     assert on.status == 200, on.body
     assert on.acted(*names), on.infotext
