@@ -160,8 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(outcomes))
     if enlarged(outcomes):
         print("\n" + hires_table(outcomes))
-    if paired_numbers(outcomes):
-        print("\n" + paired_table(outcomes))
+    paired = paired_numbers(outcomes)
+    if paired:
+        print("\n" + paired_table(paired))
     sheet = options.out / "contact_sheet.png"
     shown = range(min(8, options.pictures))
     contact_sheet(
@@ -169,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [prompt(index) for index in shown],
     ).save(sheet)
     settings = {"steps": options.steps, "cfg_scale": options.cfg_scale, "sampler": options.sampler}
-    (options.out / "numbers.json").write_text(as_json(outcomes, settings))
+    (options.out / "numbers.json").write_text(as_json(outcomes, settings, paired))
     print(f"\nContact sheet: {sheet.resolve()}\nNumbers: {(options.out / 'numbers.json').resolve()}")
 
 

@@ -14,6 +14,7 @@ from lib_hires.hosts.bench.outcome import Enlarged, Outcome
 from lib_hires.hosts.bench.paired import Interval, discordance, mean_difference, statistic_difference
 
 Outcomes = Mapping[str, Outcome]
+PairedNumbers = Mapping[str, Mapping[str, Any]]
 _SMALL = "native"  # the row whose pictures the larger ones are held against
 
 
@@ -86,9 +87,8 @@ def _work(name: str, outcomes: Outcomes) -> float:
     return outcomes[name].operations_per_picture / direct.operations_per_picture if direct else float("nan")
 
 
-def paired_table(outcomes: Outcomes) -> str:
+def paired_table(numbers: PairedNumbers) -> str:
     """Every row against the one it is compared with, over the same prompts and seeds."""
-    numbers = paired_numbers(outcomes)
     against = dict.fromkeys(ROWS[ROWS[name].against].title for name in numbers)
     head = f"{'':38} {'only here wrong':>15} {'only there':>10} {'p':>7}  {'PSNR, dB':22} "
     lines = [
@@ -108,7 +108,8 @@ def _difference(interval: Interval, digits: int) -> str:
     return f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def paired_numbers(outcomes: Outcomes) -> dict[str, dict[str, Any]]:
+def paired_numbers(outcomes: Outcomes) -> PairedNumbers:
+    """By row, where the row that it is compared with was drawn as well. Takes seconds: thousands of resamples."""
     large = enlarged(outcomes)
     against = {name: ROWS[name].against for name in large}
     pairs = {name: other for name, other in against.items() if other in large and other != name}
@@ -125,8 +126,8 @@ def _compared(here: Enlarged, there: Enlarged) -> Iterator[tuple[str, Any]]:
     yield "grain", mean_difference(here.grain, there.grain)
 
 
-def as_json(outcomes: Outcomes, settings: Mapping[str, Any]) -> str:
-    hires, paired = hires_numbers(outcomes), paired_numbers(outcomes)
+def as_json(outcomes: Outcomes, settings: Mapping[str, Any], paired: PairedNumbers) -> str:
+    hires = hires_numbers(outcomes)
     rows = {
         name: _row(name, outcome) | {"hires": hires.get(name), "paired": paired.get(name)}
         for name, outcome in outcomes.items()
