@@ -50,7 +50,7 @@ def test_a_statistic_is_taken_over_the_same_pictures_in_both_rows():
 def test_grain_is_the_noise_of_plain_areas(sigma):
     random = np.random.default_rng(3)
     y, x = np.mgrid[0:255, 0:256]
-    picture = 90 + 40 * (x / 256) + 60 * (((x - 100) ** 2 + (y - 120) ** 2 < 40**2))
+    picture = 90 + 40 * (x / 256) + 60 * ((x - 100) ** 2 + (y - 120) ** 2 < 40**2)
     noisy = picture + random.normal(0, sigma, picture.shape)
     assert grain(np.repeat(noisy[..., None], 3, -1)) == pytest.approx(sigma, rel=0.05)
     assert grain(np.repeat(picture[..., None], 3, -1)) < 0.05
