@@ -30,9 +30,16 @@ def resize(x: Tensor, size: Size, method: str, antialias: bool = False) -> Tenso
     if method == BISLERP:
         return _bislerp(x, size)
     if antialias and method in (BICUBIC, BILINEAR):
-        # the antialiased kernels know float32 on every device, half precision only on some
-        return F.interpolate(x.float(), size=size, mode=method, antialias=True).to(x.dtype)
+        return _antialiased(x, size, method)
     return F.interpolate(x, size=size, mode=method)
+
+
+def _antialiased(x: Tensor, size: Size, method: str) -> Tensor:
+    if size[1] == 1 and size[0] > 1:
+        # torch (2.13, CPU) passes over rows where the result is a single column; a single row it gets right
+        return _antialiased(x.transpose(-1, -2), (1, size[0]), method).transpose(-1, -2)
+    # the antialiased kernels know float32 on every device, half precision only on some
+    return F.interpolate(x.float(), size=size, mode=method, antialias=True).to(x.dtype)
 
 
 def _bislerp(x: Tensor, size: Size) -> Tensor:
