@@ -21,27 +21,29 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from lib_hires.hosts import page_mask
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.hosts.level import Level
 from lib_hires.run import Call, Start
 from lib_hires.sites import MaskBlend
 
-_ROUNDING = "hires_plus_mask_round"  # on p while its masks are kept grey: what p.mask_round was
+_HOSTS_OWN = "hires_plus_hosts_own_mask"  # on p while its masks are kept grey: its mask_round and image_mask
 _SOFT_INPAINTING = "Soft Inpainting"
 
 
 def keep_grey(p: Any) -> None:
     """Before the host makes the masks of p (in `process`): no rounding to black and white."""
-    if hasattr(p, "mask_round") and not hasattr(p, _ROUNDING):
-        setattr(p, _ROUNDING, p.mask_round)
+    if hasattr(p, "mask_round") and not hasattr(p, _HOSTS_OWN):
+        setattr(p, _HOSTS_OWN, (p.mask_round, p.image_mask))
         p.mask_round = False
+        p.image_mask = page_mask.unrounded(p.image_mask) or p.image_mask
 
 
 def restore_rounding(p: Any) -> None:
     """After the host made its masks. Copies of p carry the mark with them, so each restores its own."""
-    if hasattr(p, _ROUNDING):
-        p.mask_round = getattr(p, _ROUNDING)
-        delattr(p, _ROUNDING)
+    if hasattr(p, _HOSTS_OWN):
+        p.mask_round, p.image_mask = getattr(p, _HOSTS_OWN)
+        delattr(p, _HOSTS_OWN)
 
 
 def repaint_mask(p: Any) -> Tensor | None:

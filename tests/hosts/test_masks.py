@@ -270,7 +270,7 @@ def test_beside_soft_inpainting_it_refuses(adapter, on):
 
 
 def test_rounding_is_off_only_while_the_masks_are_made():
-    p = SimpleNamespace(mask_round=True)
+    p = SimpleNamespace(mask_round=True, image_mask=None)
     masks.keep_grey(p)
     masks.keep_grey(p)
     assert p.mask_round is False
@@ -278,11 +278,11 @@ def test_rounding_is_off_only_while_the_masks_are_made():
     for one in (p, cell):
         masks.restore_rounding(one)
         masks.restore_rounding(one)
-        assert vars(one) == {"mask_round": True}
+        assert vars(one) == {"mask_round": True, "image_mask": None}
 
 
 def test_what_another_extension_set_is_kept():
-    p = SimpleNamespace(mask_round=False)
+    p = SimpleNamespace(mask_round=False, image_mask=None)
     masks.keep_grey(p)
     masks.restore_rounding(p)
     assert p.mask_round is False

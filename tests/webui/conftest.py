@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from .client import QUICK, TITLE, Answer, Picture, WebUI, same, shrink
+from .page import Page
 
 URL = os.environ.get("HIRES_WEBUI_URL", "")
 LOG = os.environ.get("HIRES_WEBUI_LOG", "")  # optional: the file that the server's output goes to
 OUR_TRACEBACK = re.compile(
     r"Error (?:running|calling|executing)[^\n]*hires[_-]plus|File \"[^\"\n]*lib_hires", re.IGNORECASE
 )
+CHROMIUM = os.environ.get("HIRES_CHROMIUM", "/usr/bin/chromium")
 _HERE = Path(__file__).parent
 
 
@@ -143,3 +145,27 @@ def on_family(webui: WebUI) -> Iterator[Callable[[str], WebUI]]:
 def shrunk(webui: WebUI) -> Answer:
     """The ordinary picture with DeepShrink on."""
     return webui.txt2img(shrink())
+
+
+@pytest.fixture(scope="session")
+def browser_page(webui: WebUI) -> Iterator[Page]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no Chromium at {CHROMIUM}: set HIRES_CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1360, "height": 1500})
+        context.route("**/*", lambda route: route.continue_() if webui.url in route.request.url else route.abort())
+        context.set_default_timeout(15_000)
+        yield Page(context.new_page(), webui)
+        browser.close()
+
+
+@pytest.fixture
+def page(browser_page: Page) -> Iterator[Page]:
+    """A newly loaded page for every test, and no complaint of ours in its console afterwards."""
+    browser_page.complaints.clear()
+    browser_page.open()
+    yield browser_page
+    ours = [text for text in browser_page.complaints if "hires" in text.lower()]
+    assert not ours, ours

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import numpy as np
 from PIL import Image
 
-from .client import Picture, WebUI
+from .client import FORGE, Picture, WebUI
 
 SCREENSHOTS = os.environ.get("HIRES_SCREENSHOTS", "")
 
@@ -151,7 +151,9 @@ class Tab:
 
     def stroke(self, *places: tuple[float, float]) -> None:
         """One stroke over the canvas; places are fractions of its sides."""
-        canvas = self.painting.locator("canvas")
+        self.drag(self.painting.locator("canvas"), *places)
+
+    def drag(self, canvas: Any, *places: tuple[float, float]) -> None:
         canvas.scroll_into_view_if_needed()
         box = canvas.bounding_box()
         for index, (x, y) in enumerate(places):
@@ -160,6 +162,28 @@ class Tab:
                 self.at.mouse.down()
         self.at.mouse.up()
         self.at.wait_for_timeout(800)
+
+    # -- the host's inpainting tabs, of which the img2img tab has several
+
+    def inpainting(self, title: str) -> None:
+        self.at.locator("#mode_img2img").get_by_text(title, exact=True).first.click()
+        self.at.wait_for_timeout(500)
+
+    def upload(self, item: str, file: Path) -> None:
+        self.at.locator(f"#{item} input[type=file]").first.set_input_files(file)
+        self.at.wait_for_timeout(1500)
+
+    def sketch(self, opacity: float, *places: tuple[float, float]) -> None:
+        """One stroke over the picture in Inpaint sketch; places are fractions of the picture's sides."""
+        if self.page.webui.host == FORGE:
+            canvas = self.at.locator("#inpaint_sketch .forge-image")
+            self.at.locator("#inpaint_sketch .forge-range-row input").nth(1).evaluate(
+                "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')) }", 100 * opacity
+            )
+        else:
+            canvas = self.at.locator("#inpaint_sketch canvas[key=interface]")
+            self.set_host_number("mask_alpha", 100 * (1 - opacity))
+        self.drag(canvas, *places)
 
     # -- the host's own controls
 

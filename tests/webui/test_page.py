@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import base64
-import os
-from pathlib import Path
 
 import pytest
 
 from lib_hires.painted_map import WHITE, decode
 
 from .client import BASE, TITLE, distance, same, scene, shrink
-from .page import Page
 
-CHROMIUM = os.environ.get("HIRES_CHROMIUM", "/usr/bin/chromium")
 PRESET = "a preset of the tests"
-
-
-@pytest.fixture(scope="module")
-def page(webui):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"there is no Chromium at {CHROMIUM}: set HIRES_CHROMIUM")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(viewport={"width": 1360, "height": 1500})
-        context.route("**/*", lambda route: route.continue_() if webui.url in route.request.url else route.abort())
-        context.set_default_timeout(15_000)
-        yield Page(context.new_page(), webui)
-        browser.close()
-
-
-@pytest.fixture(autouse=True)
-def fresh(page):
-    """A newly loaded page for every test, and no complaint in its console afterwards."""
-    page.complaints.clear()
-    page.open()
-    yield
-    ours = [text for text in page.complaints if "hires" in text.lower()]
-    assert not ours, ours
 
 
 def test_the_console_is_silent(page, webui):

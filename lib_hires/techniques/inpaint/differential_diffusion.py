@@ -176,8 +176,8 @@ TECHNIQUE = Technique(
     family="Inpainting",
     summary="For inpainting with soft masks: the grey value of the mask says how much each pixel may change. Black "
     "keeps the picture, white is painted freely, and grey changes details but keeps the shapes: the darker, the less. "
-    "Grey comes from Mask blur, from Inpaint sketch (its transparency), or from a mask in Inpaint upload. Forge's own "
-    "page makes these masks black and white before anyone sees them: there use Mask blur, or the API.",
+    "Grey comes from Mask blur, from a mask in Inpaint upload, or from Inpaint sketch: its mask transparency, in Forge "
+    "the brush's opacity and softness. The brush of the Inpaint tab paints white.",
     source="Differential Diffusion: Giving Each Pixel Its Strength (Levin and Fried 2023)",
     settings=DifferentialDiffusionSettings,
     begin=begin,
