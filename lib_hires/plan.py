@@ -18,6 +18,8 @@ log = logging.getLogger("hires_plus")
 Selection = Mapping[str, Settings]  # enabled techniques by name
 Site = TypeVar("Site")
 
+_TWICE = "{} is on as well and does the same: switch one of the two off"
+
 
 @dataclass
 class Plan:
@@ -50,8 +52,12 @@ class Plan:
 
     def warnings(self) -> dict[str, str]:
         """What may spoil the picture, by title."""
-        titles = {technique.name: technique.title for technique in TECHNIQUES}
-        return {titles[name]: patch.warning() for name, patch in self.patches.items() if patch.warning()}
+        told = {t.title: self._warning(t, self.patches[t.name]) for t in TECHNIQUES if t.name in self.patches}
+        return {title: warning for title, warning in told.items() if warning}
+
+    def _warning(self, technique: Technique, patch: Patch) -> str:
+        twins = [title for title in self.run.other_scripts if title.startswith(technique.twins)]
+        return "; ".join([*filter(None, [patch.warning()]), *map(_TWICE.format, twins)])
 
     def unfired(self) -> list[str]:
         """Titles of techniques that were planned and never acted."""

@@ -49,7 +49,8 @@ class Run:
     `sigmas` are the run's noise levels as planned by the sampler, in VE scaling, highest first where the sampler says
     them; adaptive samplers give only their range, and while a run is prepared they are the model's range. `seeds` are
     those of the batch's pictures. `start` is None where the pass begins from noise alone. `mask` is the mask [B or 1,
-    C or 1, h, w] of an inpainting run, 1 = repaint; `mask_user` names another extension that decides how it is blended.
+    C or 1, h, w] of an inpainting run, 1 = repaint; `other_scripts` are the titles of other extensions
+    that are switched on.
     """
 
     host: str
@@ -63,7 +64,7 @@ class Run:
     hires_follows: bool = False  # a first pass whose picture a hires pass goes on with
     stage: str = ""  # which stage of a divided hires pass, for people: "stage 2 of 3"
     mask: Tensor | None = None
-    mask_user: str = ""
+    other_scripts: tuple[str, ...] = ()
 
     @property
     def sigma_first(self) -> float:

@@ -87,4 +87,5 @@ class Technique:
     schedules: bool = False  # its patch is a `Schedule`: it begins before the sampler has its noise levels
     preview: Callable[[Any, Run], tuple[Picture, ...]] | None = None
     grey_mask: bool = False  # it reads an inpainting mask's grey values, which hosts round to black and white
+    twins: tuple[str, ...] = ()  # how titles of other scripts begin that do the same: both at once would do it twice
     cost: str = ""  # shown in the label where the technique makes sampling slower, e.g. "+50 % time"

@@ -28,7 +28,6 @@ from lib_hires.run import Call, Start
 from lib_hires.sites import MaskBlend
 
 _HOSTS_OWN = "hires_plus_hosts_own_mask"  # on p while its masks are kept grey: its mask_round and image_mask
-_SOFT_INPAINTING = "Soft Inpainting"
 
 
 def keep_grey(p: Any) -> None:
@@ -52,15 +51,6 @@ def repaint_mask(p: Any) -> Tensor | None:
     if nmask is None or getattr(p, "mask", None) is None:
         return None
     return nmask if nmask.ndim == 4 else nmask[None]
-
-
-def mask_user(p: Any) -> str:
-    """The title of another script that is switched on and blends by mask in its own way. Empty: none."""
-    for script in getattr(getattr(p, "scripts", None), "alwayson_scripts", []):
-        if script.title() == _SOFT_INPAINTING:
-            arguments = p.script_args[script.args_from : script.args_to]
-            return _SOFT_INPAINTING if len(arguments) and arguments[0] else ""
-    return ""
 
 
 class MaskedCall:

@@ -1,4 +1,4 @@
-"""What other extensions have put on the self-attention of the network, and who acts then. For the log."""
+"""Other extensions at work beside ours: what they have put on the self-attention of the network, and which are on."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ def on_patcher(patcher: Any) -> list[str]:
     found = [f"token merging (ToMe) {_MERGED}"] if merged else []
     others = [f for f in patches.get("attn1_patch", []) if f not in merged]
     return found + [f"{name} {_INSIDE}" for name in _names([*others, *replaced.values()])]
+
+
+def scripts_on(p: Any) -> tuple[str, ...]:
+    """Titles of the scripts of p that are always visible and switched on: by custom their first value says so."""
+    arguments = list(getattr(p, "script_args", ()))
+    scripts = getattr(getattr(p, "scripts", None), "alwayson_scripts", ())
+    return tuple(script.title() for script in scripts if arguments[script.args_from : script.args_to][:1] == [True])
 
 
 def _names(functions: Iterable[Any]) -> list[str]:

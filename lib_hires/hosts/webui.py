@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 from lib_hires.generation import Generation
-from lib_hires.hosts import masks
+from lib_hires.hosts import masks, others
 from lib_hires.hosts.instance import instance_attribute
 from lib_hires.hosts.level import Level
 from lib_hires.hosts.pass_schedule import PassSchedule
@@ -333,7 +333,7 @@ class SamplingRun:
             hires_follows=_pass_name(self._p) == FIRST_PASS and bool(self._p.enable_hr),
             stage=self._generation.stage,
             mask=masks.repaint_mask(self._p),
-            mask_user=masks.mask_user(self._p),
+            other_scripts=others.scripts_on(self._p),
         )
 
     def _finish_plan(self) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from lib_hires.hosts.others import on_modules, on_patcher
+from lib_hires.hosts.others import on_modules, on_patcher, scripts_on
 from lib_hires.topology import self_attention_modules
 from tests.doubles import LdmMiniUNet
 
@@ -58,3 +58,16 @@ def test_functions_on_a_patcher():
     told = on_patcher(SimpleNamespace(model_options={"transformer_options": options}))
     assert [line.split(" ")[0] for line in told] == ["token", __name__]
     assert on_patcher(SimpleNamespace(model_options={})) == []
+
+
+def a_script(title, args_from, args_to):
+    return SimpleNamespace(title=lambda: title, args_from=args_from, args_to=args_to)
+
+
+def test_scripts_are_on_by_their_first_value():
+    scripts = [a_script("on", 1, 3), a_script("off", 3, 4), a_script("by name", 4, 5), a_script("empty", 5, 5)]
+    values = (0, True, False, False, {"deep_shrink": {}}, True)
+    p = SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=scripts), script_args=values)
+    assert scripts_on(p) == ("on",)
+    assert scripts_on(SimpleNamespace()) == scripts_on(SimpleNamespace(scripts=None)) == ()
+    assert scripts_on(SimpleNamespace(scripts=p.scripts, script_args=[])) == (), "a request without values"

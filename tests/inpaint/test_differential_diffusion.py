@@ -29,10 +29,10 @@ SD = NoiseSchedule.scaled_linear()
 GOLDEN = Golden("differential_diffusion")
 
 
-def a_run(sigmas=(*LEVELS, 0.0), mask=None, schedule=SD, prediction=EPS, user=""):
+def a_run(sigmas=(*LEVELS, 0.0), mask=None, schedule=SD, prediction=EPS, others=()):
     facts = ModelFacts("SD 1.x", (64, 64), schedule, None, prediction=prediction)
     mask = torch.rand(1, 4, 9, 13) if mask is None else mask
-    return Run("test", IMG2IMG_PASS, facts, (9, 13), tuple(map(float, sigmas)), mask=mask, mask_user=user)
+    return Run("test", IMG2IMG_PASS, facts, (9, 13), tuple(map(float, sigmas)), mask=mask, other_scripts=others)
 
 
 def flow_schedule(shift):
@@ -195,7 +195,7 @@ def test_without_a_mask_it_rests_with_a_reason():
 
 def test_beside_soft_inpainting_it_refuses():
     with pytest.raises(Refusal, match=r"Soft Inpainting is on.*switch one"):
-        begin(DifferentialDiffusionSettings(), a_run(user="Soft Inpainting"))
+        begin(DifferentialDiffusionSettings(), a_run(others=("Refiner", "Soft Inpainting")))
 
 
 def test_the_plan_says_so():

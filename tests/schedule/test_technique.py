@@ -139,3 +139,11 @@ def test_any_settings_decide_rest_or_refuse(settings):
         got = patch.model_sampling()
         assert not (got.prediction in (EPS, LCM) and has_zero_snr(got.schedule))
         assert patch.describe()
+
+
+@pytest.mark.parametrize(("others", "told"), [(("Advanced Model Sampling for reForge",), 1), (("Refiner",), 0)])
+def test_another_script_that_does_the_same_is_named(others, told):
+    selection = {"model_sampling": ModelSamplingSettings(prediction="v")}
+    plan = make_plan(selection, a_run(other_scripts=others))
+    assert "model_sampling" in plan.patches
+    assert plan.report().count("is on as well and does the same: switch one of the two off") == told

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from .client import FORGE, distance, is_alive, same
+from .client import FORGE, distance, is_alive, same, shrink
 
 SIZE = {"width": 256, "height": 256}
 REDUCED = {"slothful": {"only_above_native": False}}
@@ -112,4 +112,24 @@ def test_the_refiner_with_a_hires_pass(webui, refined, unharmed):
     again = webui.hires(**request).picture
     # Forge itself repeats its first picture of a size in all but the last bits
     assert distance(again, plain) < (0.1 if webui.host == FORGE else 1e-9)
+    unharmed()
+
+
+TWINS = {
+    "Kohya HRFix Integrated": (shrink(), [True, 3, 2.0, 0, 1, True, "bicubic", "bicubic"]),
+    "FreeU Integrated (SD 1.x, SD 2.x, SDXL)": ({"freeu": {}}, [True, 1.01, 1.02, 0.99, 0.95, 0, 1]),
+    "PerturbedAttentionGuidance Integrated": ({"pag": {}}, [True, 3, 0, 0, 1]),
+    "SelfAttentionGuidance Integrated (SD 1.x, SD 2.x, SDXL)": ({"sag": {}}, [True, 0.5, 2, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", TWINS)
+def test_the_hosts_own_form_of_a_technique_is_named(webui, unharmed, title):
+    if not webui.has_script(title):
+        pytest.skip(f"the host has no {title}")
+    plugin, arguments = TWINS[title]
+    twin = {"alwayson_scripts": {title: {"args": arguments}}}
+    both, ours = webui.txt2img(plugin, **twin), webui.txt2img(plugin)
+    assert is_alive(both.picture) and both.acted(*plugin)
+    assert f"{title} is on as well" in both.note and "is on as well" not in ours.note
     unharmed()

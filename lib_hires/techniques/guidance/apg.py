@@ -183,6 +183,7 @@ TECHNIQUE = Technique(
     family="Guidance",
     summary="Adaptive projected guidance: high CFG scales without oversaturated colours and burnt contrast.",
     source="Eliminating Oversaturation and Artifacts of High Guidance Scales (Sadat et al. 2024)",
+    twins=('"APG',),
     settings=APGSettings,
     begin=begin,
     presets={

@@ -75,6 +75,7 @@ TECHNIQUE = Technique(
     summary="Leans towards the positive prompt where the negative one says little, so that a picture follows what was "
     "asked for rather than the opposite of what was not. Stronger colours; try a lower CFG scale.",
     source="yoinked, blue-arxiv 2024-1208.1",
+    twins=("Mahiro CFG",),
     settings=MahiroSettings,
     begin=begin,
     presets={

@@ -247,6 +247,7 @@ TECHNIQUE = Technique(
     family="Guidance",
     summary="Makes shapes and structure more coherent by moving away from a prediction made with weakened attention.",
     source="Perturbed-Attention Guidance (Ahn et al. 2024); Smoothed Energy Guidance (Hong 2024)",
+    twins=("PerturbedAttentionGuidance", "Perturbed-Attention"),
     settings=PagSettings,
     begin=begin,
     presets={

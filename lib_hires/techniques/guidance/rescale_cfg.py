@@ -83,6 +83,7 @@ TECHNIQUE = Technique(
     summary="Takes the burn out of a high CFG scale: colours and contrast stay those of the prompt alone. Made for "
     "v-prediction models. Does nothing at CFG 1.",
     source="Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al. 2023)",
+    twins=("RescaleCFG", "CFG Rescale"),
     settings=RescaleCFGSettings,
     begin=begin,
     presets={

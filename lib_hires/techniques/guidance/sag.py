@@ -191,6 +191,7 @@ TECHNIQUE = Technique(
     family="Guidance",
     summary="Makes details crisper and more coherent where the model looks, by moving away from a blurred prediction.",
     source="Self-Attention Guidance (Hong et al. 2023); ComfyUI SelfAttentionGuidance",
+    twins=("SelfAttentionGuidance", "Self Attention Guidance"),
     settings=SagSettings,
     begin=begin,
     presets={

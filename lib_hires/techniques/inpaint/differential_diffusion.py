@@ -30,6 +30,7 @@ from lib_hires.settings import Settings, choice, number
 from lib_hires.sites import MaskBlend
 from lib_hires.technique import Curve, Patch, Picture, Refusal, Rest, Technique
 
+SOFT_INPAINTING = "Soft Inpainting"  # the hosts' own, by its title
 TIMESTEP, SIGMA, STEP = "Training time", "Noise level", "Step"
 
 # Hosts hand noise levels over in float32: white must not miss the first evaluation by rounding.
@@ -129,9 +130,9 @@ def begin(settings: DifferentialDiffusionSettings, run: Run) -> DifferentialDiff
     """The patch for one run. Raises `Rest` without a mask, `Refusal` where another extension uses it already."""
     if run.mask is None:
         raise Rest("there is no mask: it acts when you inpaint (Inpaint, Inpaint sketch or Inpaint upload in img2img)")
-    if run.mask_user:
+    if SOFT_INPAINTING in run.other_scripts:
         raise Refusal(
-            f"{run.mask_user} is on, and it decides too what the mask's grey values mean: switch one of the two off"
+            f"{SOFT_INPAINTING} is on, and it decides too what the mask's grey values mean: switch one of the two off"
         )
     return DifferentialDiffusionPatch(settings, run)
 

@@ -156,6 +156,7 @@ TECHNIQUE = Technique(
     "zero-terminal SNR, LCM, or the shift of SD3 and Flux. Use it when a checkpoint gives noise or burnt pictures.",
     source="Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al. 2023); Latent Consistency Models "
     "(Luo et al. 2023); Scaling Rectified Flow Transformers (Esser et al. 2024)",
+    twins=("Advanced Model Sampling",),
     settings=ModelSamplingSettings,
     begin=begin,
     schedules=True,

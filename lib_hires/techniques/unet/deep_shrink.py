@@ -255,6 +255,7 @@ TECHNIQUE = Technique(
     family="Composition",
     summary="Keeps one subject instead of several above the model's native size, and makes the early steps faster.",
     source="Kohya's Deep Shrink (2023); ComfyUI PatchModelAddDownscale",
+    twins=("Kohya HRFix", "Kohya Hires.fix"),
     settings=DeepShrinkSettings,
     begin=begin,
     presets={

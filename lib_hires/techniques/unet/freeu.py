@@ -204,6 +204,7 @@ TECHNIQUE = Technique(
     family="Quality",
     summary="Cleaner structure and richer contrast at no cost; the right values depend on the model.",
     source="Si et al. 2023, FreeU (V1 and V2); values of the last preset from Qiu et al. 2024, FreeScale",
+    twins=("FreeU",),
     settings=FreeUSettings,
     begin=begin,
     presets={
