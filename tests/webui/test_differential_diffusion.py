@@ -33,6 +33,11 @@ def original(webui):
     return np.asarray(scene().convert("RGB"))
 
 
+def repeats(webui, picture, again):
+    """Forge itself repeats the first picture of a kind in all but the last bits."""
+    return distance(again, picture) < (0.1 if webui.host == FORGE else 1e-9)
+
+
 def change_by_value(pictures, masks, before):
     """Mean |change| of a pixel, for every mask value from black to white."""
     grey = np.stack([np.asarray(mask) for mask in masks])
@@ -78,19 +83,18 @@ def test_every_sampler(webui, sampler):
     before, free = original(webui), paint(webui, None, Image.new("L", (SIZE, SIZE), 255), **request).picture
     assert same(on.picture[black], before[black])
     assert distance(on.picture[dark], free[dark]) > 1 and distance(on.picture[dark], before[dark]) > 1
-    # Forge itself repeats its first picture with some samplers in all but the last bits
-    assert distance(paint(webui, **request).picture, off.picture) < (0.1 if webui.host == FORGE else 1e-9)
+    assert repeats(webui, off.picture, paint(webui, **request).picture)
 
 
 def test_a_batch_and_several_in_turn(webui):
-    """As like to single pictures as the host's own soft masks are: it encodes the original with fresh noise."""
+    """As like to single pictures as the host's own masks are: it blends, and encodes the original, with fresh noise."""
     request = {"batch_size": 2, "n_iter": 2, "seed": 30, "steps": 4}
-    plugins = differential(), differential(strength=0.0)
+    plugins = differential(), None
     batch, usual = (paint(webui, plugin, **request) for plugin in plugins)
     assert len(batch.pictures) == 4
     for k in (0, 3):
-        single, soft = (paint(webui, plugin, seed=30 + k, steps=4).picture for plugin in plugins)
-        assert distance(batch.pictures[k], single) < 2 * distance(usual.pictures[k], soft) + 0.5
+        single, usual_single = (paint(webui, plugin, seed=30 + k, steps=4).picture for plugin in plugins)
+        assert distance(batch.pictures[k], single) < 2 * distance(usual.pictures[k], usual_single) + 0.5
     black = (slice(None), slice(0, SIZE // BANDS))
     assert all(same(picture[black], original(webui)[black]) for picture in batch.pictures)
 
@@ -105,7 +109,7 @@ def test_only_masked(webui):
     outside = np.asarray(grey) == 0
     assert same(on.picture[outside], original(webui)[outside])
     assert distance(on.picture[~outside], original(webui)[~outside]) > 1
-    assert same(paint(webui, **request).picture, off.picture)
+    assert repeats(webui, off.picture, paint(webui, **request).picture)
 
 
 @pytest.mark.parametrize("request_", [{"inpainting_mask_invert": 1}, {"mask_blur": 8}, {"inpainting_fill": 2}], ids=str)
