@@ -71,10 +71,10 @@ def _outcome(technique: Technique, generation: Generation) -> list[str]:
     refusal = generation.refused.get(technique.title)
     if refusal:
         return [f"{technique.title} was refused: {refusal}"]
+    warning = generation.warned.get(technique.title)
     if technique.name in generation.acted:
-        warning = generation.warned.get(technique.title)
         return [f"{technique.title}: {warning}"] if warning else []
-    return [f"{technique.title} did nothing: {generation.rested.get(technique.title, _NEVER_ACTED)}"]
+    return [f"{technique.title} did nothing: {generation.rested.get(technique.title) or warning or _NEVER_ACTED}"]
 
 
 class PasteTarget(str):

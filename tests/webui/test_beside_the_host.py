@@ -130,6 +130,7 @@ def test_the_hosts_own_form_of_a_technique_is_named(webui, unharmed, title):
     plugin, arguments = TWINS[title]
     twin = {"alwayson_scripts": {title: {"args": arguments}}}
     both, ours = webui.txt2img(plugin, **twin), webui.txt2img(plugin)
-    assert is_alive(both.picture) and both.acted(*plugin)
+    # the host's own DeepShrink comes first, and leaves nothing to shrink
+    assert is_alive(both.picture) and ours.acted(*plugin) and both.acted(*plugin) is not title.startswith("Kohya")
     assert f"{title} is on as well" in both.note and "is on as well" not in ours.note
     unharmed()

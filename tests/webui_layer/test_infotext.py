@@ -211,6 +211,7 @@ def test_settling_keeps_what_acted():
     [
         ({}, f"DeepShrink did nothing: {infotext._NEVER_ACTED}"),
         ({"rested": {"DeepShrink": "factor 1"}}, "DeepShrink did nothing: factor 1"),
+        ({"warned": {"DeepShrink": "a twin is on"}}, "DeepShrink did nothing: a twin is on"),
         ({"refused": {"DeepShrink": "no UNet"}}, "DeepShrink was refused: no UNet"),
     ],
 )
