@@ -47,7 +47,7 @@ class Forge:
             topology,
             reason,
             prediction,
-            trained_schedule=_trained_schedule(unet.model),
+            trained_schedule=_trained_schedule(sd_model),
         )
 
     def unet_identity(self, sd_model: Any) -> Any:
@@ -105,9 +105,13 @@ def _schedule(model: Any) -> NoiseSchedule:
     return NoiseSchedule(_levels(model).sigmas.float().cpu().tolist())
 
 
-def _trained_schedule(model: Any) -> NoiseSchedule | None:
-    """Forge rescales `sigmas` to zero terminal SNR and leaves `alphas_cumprod` as it was."""
-    abar = getattr(_levels(model), "alphas_cumprod", None)
+def _trained_schedule(sd_model: Any) -> NoiseSchedule | None:
+    """The table before the user's setting rescaled it to zero terminal SNR. Forge rescales `sigmas` of its predictor
+    and leaves `alphas_cumprod` there as it was; reForge keeps the old table on the engine, as A1111 does."""
+    levels = _levels(sd_model.forge_objects.unet.model)
+    abar = getattr(levels, "alphas_cumprod", None)
+    if abar is None:
+        abar = getattr(sd_model, "alphas_cumprod_original", None)
     return None if abar is None else NoiseSchedule.from_alphas_cumprod(abar.float().cpu().tolist())
 
 

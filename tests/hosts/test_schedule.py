@@ -14,7 +14,8 @@ from torch import nn
 from lib_hires.generation import Generation
 from lib_hires.hosts import a1111_schedule, patcher_schedule, webui
 from lib_hires.hosts.bench.samplers import import_k_diffusion
-from lib_hires.model_sampling import ModelSampling, flow_schedule, model_sampling, zero_terminal_snr
+from lib_hires.hosts.forge import ADAPTER
+from lib_hires.model_sampling import ModelSampling, flow_schedule, has_zero_snr, model_sampling, zero_terminal_snr
 from lib_hires.noise import NoiseSchedule
 from lib_hires.run import EPS, FLOW, LCM, ModelFacts, V
 from lib_hires.technique import Refusal
@@ -432,7 +433,11 @@ def test_forge_shift():
 
 
 class ModelSamplingDiscrete(Prediction):
-    """Of reForge and Classic."""
+    """Of reForge and Classic. reForge's has no alphas_cumprod."""
+
+    def __init__(self):
+        super().__init__()
+        del self.alphas_cumprod
 
 
 def test_relatives_have_a_table_in_the_wrapper():
@@ -444,6 +449,21 @@ def test_relatives_have_a_table_in_the_wrapper():
         assert float(wrap.get_sigmas(3)[0]) == pytest.approx(4518.76, rel=1e-4)
         assert sd.forge_objects.unet.model.model_sampling is not own
     assert wrap.sigmas is before and sd.forge_objects.unet.model.model_sampling is own
+
+
+@pytest.mark.parametrize("name", ["predictor", "model_sampling"])
+def test_the_levels_before_the_hosts_own_zero_snr_are_found(monkeypatch, name):
+    """Forge rescales its sigmas beside alphas_cumprod, reForge both tables, and keeps the old one on the engine."""
+    monkeypatch.setitem(sys.modules, "modules.shared", SimpleNamespace(opts=SimpleNamespace(data={})))
+    levels = Prediction("v_prediction") if name == "predictor" else ModelSamplingDiscrete()
+    levels.sigmas = torch.tensor(ZERO.sigmas, dtype=torch.float32)
+    _, sd = forge(levels, name)
+    sd.forge_objects.unet.model.diffusion_model = LdmMiniUNet()
+    if name == "model_sampling":
+        sd.alphas_cumprod, sd.alphas_cumprod_original = 1 / (1 + levels.sigmas**2), ABAR
+    facts = ADAPTER.model_facts(sd)
+    assert has_zero_snr(facts.schedule)
+    assert facts.trained_schedule.sigmas == pytest.approx(SD.sigmas, rel=1e-4)
 
 
 def test_what_cannot_be_replaced_is_refused():
