@@ -21,7 +21,7 @@ from lib_hires.registry import BY_NAME, TECHNIQUES
 TITLE = "Hires Plus"
 FAULTS = "Hires test faults"
 NOTE = "Hires Plus note"
-A1111, FORGE = "A1111", "Forge"
+A1111, FORGE, REFORGE = "A1111", "Forge", "reForge"
 
 Picture = np.ndarray
 Block = Mapping[str, Any]
@@ -112,8 +112,8 @@ class WebUI:
 
     @cached_property
     def host(self) -> str:
-        options = self.get("/sdapi/v1/options")
-        return FORGE if any(key.startswith("forge_") for key in options) else A1111
+        prefixes = {key.split("_")[0] for key in self.get("/sdapi/v1/options")}
+        return next((host for host in (FORGE, REFORGE) if host.lower() in prefixes), A1111)
 
     @cached_property
     def scripts(self) -> list[dict[str, Any]]:
@@ -174,7 +174,9 @@ class WebUI:
         request = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
         request["hr_second_pass_steps"] = 2
         if self.host == FORGE:
-            request |= {"hr_additional_modules": ["Use same choices"], "hr_cfg": 5}
+            request["hr_additional_modules"] = ["Use same choices"]
+        if self.host != A1111:
+            request["hr_cfg"] = 5
         return self.generate("txt2img", plugin, **{**request, **overrides})
 
     def img2img(self, plugin: Block | Sequence[Any] | None = None, **overrides: Any) -> Answer:

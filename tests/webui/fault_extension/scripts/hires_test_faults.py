@@ -32,7 +32,7 @@ class Fault:
 
     def arm(self, unet):
         self.disarm()
-        deep = getattr(unet, "middle_block", unet)
+        deep = getattr(unet, "middle_block", [unet])[0]  # not the block itself: reForge runs its layers one by one
         self.handle = deep.register_forward_pre_hook(lambda _, args: self.on_evaluation(args))
 
     def disarm(self):
