@@ -52,7 +52,12 @@ class Patch:
 
 @dataclass(frozen=True)
 class Curve:
-    """Data for the small live plot: one value per step, and the name of the phase that each step belongs to."""
+    """Data for the small live plot: one value per step, and the name of the phase that each step belongs to.
+
+    Its tuples are made from lists. While reForge builds the page, another thread of it loads the model and holds
+    `gc.get_objects()` meanwhile; a tuple that grows from a generator then fails with a SystemError (CPython resizes
+    only a tuple that nobody else knows), and with it the page.
+    """
 
     values: tuple[float, ...]
     phases: tuple[str, ...]

@@ -38,7 +38,7 @@ def synthetic_run(steps: int) -> Run:
     """A run as most samplers plan it: steps evenly spaced in training time, on Stable Diffusion's noise levels."""
     steps = min(max(int(steps), 1), MOST_STEPS)
     last = len(_SCHEDULE.sigmas) - 1
-    sigmas = tuple(_SCHEDULE.sigma(last * (1 - step / steps)) for step in range(steps))
+    sigmas = tuple([_SCHEDULE.sigma(last * (1 - step / steps)) for step in range(steps)])
     facts = ModelFacts(family="", native=(64, 64), schedule=_SCHEDULE, unet=None)
     return Run(host="", pass_name=FIRST_PASS, model=facts, latent=(128, 128), sigmas=sigmas)
 

@@ -1,6 +1,8 @@
 """The plot shows the technique's own curve, at any step count, in words as well."""
 
+import gc
 import re
+import sys
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -68,3 +70,21 @@ def test_a_phase_keeps_its_colour():
         return bars[-1].get("fill")
 
     assert colour_of_original(KIND()) == colour_of_original(KIND(end=0.0, gradual=0.0))
+
+
+@pytest.mark.parametrize("technique", CURVED, ids=lambda technique: technique.name)
+def test_while_another_thread_holds_all_objects(technique):
+    """As reForge's does. Here whoever fills a tuple from a generator finds it held, at the worst moment."""
+    held = {}
+
+    def hold(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_name == "<genexpr>" and "lib_hires" in code.co_filename and code not in held:
+            held[code] = gc.get_objects()
+
+    before = sys.getprofile()
+    sys.setprofile(hold)
+    try:
+        assert plot(technique, technique.settings())
+    finally:
+        sys.setprofile(before)

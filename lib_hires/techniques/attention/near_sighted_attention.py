@@ -230,8 +230,8 @@ def curve(settings: NearSightedAttentionSettings, run: Run) -> Curve:
     """The rate where it is highest, at every step of a run."""
     window, rate = settings.window(run), max(settings.in_slothful, settings.out_slothful)
     values = [rate * settings.weight(run, sigma) for sigma in run.sigmas]
-    phases = tuple("tiled" if sigma in window else "plain" for sigma in run.sigmas)
-    return Curve(tuple(max(value, 1.0) for value in values), phases, 1.0, max(2.0, *values), "tokens per key")
+    phases = tuple(["tiled" if sigma in window else "plain" for sigma in run.sigmas])
+    return Curve(tuple([max(value, 1.0) for value in values]), phases, 1.0, max(2.0, *values), "tokens per key")
 
 
 _SIMPLE = NearSightedAttentionSettings(in_slothful=4.0, out_slothful=4.0, in_depth_decay=1.5, out_depth_decay=1.5)

@@ -138,7 +138,7 @@ def curve(settings: NearSightedTileSettings, run: Run) -> Curve:
     """The tile size at every step of a run."""
     s, window = settings, settings.window(run)
     values = [between(s.base_tile_size, s.peak_tile_size, s.weight(run, sigma)) for sigma in run.sigmas]
-    phases = tuple("tiled" if sigma in window else "plain" for sigma in run.sigmas)
+    phases = tuple(["tiled" if sigma in window else "plain" for sigma in run.sigmas])
     return Curve(tuple(values), phases, 0.0, max(values), "tile size")
 
 

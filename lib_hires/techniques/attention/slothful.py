@@ -179,8 +179,8 @@ def curve(settings: SlothfulSettings, run: Run) -> Curve:
     """The rate where it is highest, at every step of a run."""
     window, rate = settings.window(run), max(settings.in_slothful, settings.out_slothful)
     values = [rate * settings.weight(run, sigma) if sigma in window else 0.0 for sigma in run.sigmas]
-    phases = tuple("reduced" if value > 1 else "plain" for value in values)
-    return Curve(tuple(max(value, 1.0) for value in values), phases, 1.0, max(2.0, *values), "tokens per key")
+    phases = tuple(["reduced" if value > 1 else "plain" for value in values])
+    return Curve(tuple([max(value, 1.0) for value in values]), phases, 1.0, max(2.0, *values), "tokens per key")
 
 
 TECHNIQUE = Technique(

@@ -233,12 +233,12 @@ def begin(settings: PagSettings, run: Run) -> PagPatch:
 def curve(settings: PagSettings, run: Run) -> Curve:
     """The effective scale at every step of a run."""
     window, timestep = settings.window(run), run.model.schedule.timestep
-    values = tuple(
+    values = [
         faded_scale(settings.scale, settings.adaptive_scale, timestep(sigma)) if sigma in window else 0.0
         for sigma in run.sigmas
-    )
-    phases = tuple("guided" if value > 0 else "off" for value in values)
-    return Curve(values, phases, low=0.0, high=max(1.0, settings.scale), caption="guidance scale")
+    ]
+    phases = tuple(["guided" if value > 0 else "off" for value in values])
+    return Curve(tuple(values), phases, low=0.0, high=max(1.0, settings.scale), caption="guidance scale")
 
 
 TECHNIQUE = Technique(

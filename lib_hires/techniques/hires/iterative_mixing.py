@@ -273,8 +273,8 @@ def begin(settings: IterativeMixingSettings, run: Run) -> MixingPatch:
 def curve(settings: IterativeMixingSettings, run: Run) -> Curve:
     """The reference's share at every step of a run, where Alpha holds: in detail, or where the map is white."""
     shares = Shares(settings, run, settings.alpha)
-    values = tuple(float(shares.at(sigma)) for sigma in run.sigmas)
-    phases = tuple(FREE if share == 0 else FOLLOWS if share >= 0.5 else INVENTS for share in values)
+    values = tuple([float(shares.at(sigma)) for sigma in run.sigmas])
+    phases = tuple([FREE if share == 0 else FOLLOWS if share >= 0.5 else INVENTS for share in values])
     return Curve(values, phases, low=0.0, high=1.0, caption="share of the picture")
 
 

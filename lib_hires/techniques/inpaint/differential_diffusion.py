@@ -140,7 +140,7 @@ def begin(settings: DifferentialDiffusionSettings, run: Run) -> DifferentialDiff
 def curve(settings: DifferentialDiffusionSettings, run: Run) -> Curve:
     """The lightest grey that still waits, at each step."""
     remaining = remaining_fraction(_to_the_end(run), settings.axis)
-    thresholds = tuple(remaining(sigma) for sigma in run.sigmas)
+    thresholds = tuple([remaining(sigma) for sigma in run.sigmas])
     return Curve(
         thresholds, ("darker pixels are still kept",) * len(thresholds), 0.0, 1.0, "mask value from which pixels change"
     )

@@ -51,7 +51,7 @@ class Stage:
 
 def parse_stages(grammar: str) -> tuple[Stage, ...]:
     """Read "6:2:0-0.2; 3:1.5:0.2-0.5-0.7". Raises ValueError with the form and the accepted range."""
-    return tuple(_parse_stage(part.strip()) for part in grammar.split(";") if part.strip())
+    return tuple([_parse_stage(part.strip()) for part in grammar.split(";") if part.strip()])
 
 
 def _parse_stage(part: str) -> Stage:
@@ -185,7 +185,7 @@ class DeepShrinkPatch(Patch, FeatureMaps):
         assert run.model.unet is not None
         self._settings = settings
         self._topology = run.model.unet
-        self._stages = tuple(ResolvedStage.of(stage, run) for stage in settings.stages)
+        self._stages = tuple([ResolvedStage.of(stage, run) for stage in settings.stages])
         self._shrunk_in: Call | None = None
 
     def input_block(self, h: Tensor, index: int, call: Call) -> Tensor:
