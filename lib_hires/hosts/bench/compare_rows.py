@@ -102,8 +102,10 @@ def _recipe(name: str, scale: int = 2) -> Row:
 
 
 def _compared(row: Row) -> Row:
-    return replace(row, direct="naive", against="hires-fix") if row.hires_scale == 2 else replace(
-        row, direct="naive-4x", against="hires-fix-4x"
+    return (
+        replace(row, direct="naive", against="hires-fix")
+        if row.hires_scale == 2
+        else replace(row, direct="naive-4x", against="hires-fix-4x")
     )
 
 
@@ -124,6 +126,9 @@ HIRES_ROWS: dict[str, Row] = {
     "freescale-no-mixing": _hires("FreeScale without mixing", 0.7, _DILATION, _FUSION),
     "freescale-no-dilation": _hires("FreeScale without dilation", 0.7, _MIXING, _FUSION),
     "freescale-no-fusion": _hires("FreeScale without scale fusion", 0.7, _MIXING, _DILATION),
+    "freescale-clean": _hires(
+        "FreeScale, scale fusion to 0.75", 0.7, _MIXING, _DILATION, _FUSION, scale_fusion={"end": 0.75}
+    ),
     "mixing-0.7": _hires("Iterative mixing, alpha 2, denoise 0.7", 0.7, _MIXING),
 }
 RECIPE_ROWS: dict[str, Row] = {
@@ -136,6 +141,16 @@ HIRES_4X_ROWS: dict[str, Row] = {
     "cascade-4x": _hires("Cascade 2x, 2x", 0.7, _CASCADE, scale=4),
     "4x-cascade": _recipe("4x cascade", scale=4),
     "freescale-4x": _hires("FreeScale 2x, 2x", 0.7, _CASCADE, _MIXING, _DILATION, _FUSION, scale=4),
+    "freescale-clean-4x": _hires(
+        "FreeScale 2x, 2x, scale fusion to 0.75",
+        0.7,
+        _CASCADE,
+        _MIXING,
+        _DILATION,
+        _FUSION,
+        scale=4,
+        scale_fusion={"end": 0.75},
+    ),
 }
 # the first is where every hires pass begins, the second what sampling at the size costs
 HIRES_GROUP = ("native", "naive", *HIRES_ROWS, *RECIPE_ROWS)
@@ -166,6 +181,5 @@ GROUPS = {
 }
 DEFAULT_ROWS = ("native", "naive", "hard-cut", "composition")
 KNOWN_ROWS = (
-    f"{', '.join(NAMED_ROWS)}, a guidance technique and a CFG scale (pag-7.5, cfg-15), "
-    f"or a group: {', '.join(GROUPS)}"
+    f"{', '.join(NAMED_ROWS)}, a guidance technique and a CFG scale (pag-7.5, cfg-15), or a group: {', '.join(GROUPS)}"
 )
