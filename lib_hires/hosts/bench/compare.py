@@ -7,7 +7,7 @@
 ./dev bench --rows hires --pictures 100      a second pass at twice the size: what it keeps, draws and adds
 ./dev bench --rows hires-4x --pictures 100 --steps 6 --sampler "DPM++ 2M"
                                              four times the size, at once and in stages; more than an hour
-./dev bench --rows unet-4x --pictures 24 --steps 6 --sampler "DPM++ 2M"
+./dev bench --rows unet-4x --pictures 60 --steps 6 --sampler "DPM++ 2M"
 
 Long jobs can be broken off and continued with --resume.
 """
