@@ -87,8 +87,8 @@ def test_every_sampler(webui, sampler):
 
 
 def test_a_batch_and_several_in_turn(webui):
-    """As like to single pictures as the host's own masks are, hard or soft: A1111 encodes the original with noise that is
-    another one in a batch, and Forge blends with such noise at every step."""
+    """As like to single pictures as the host's own masks are, hard or soft: A1111 encodes the original with noise that
+    is another one in a batch, and Forge blends with such noise at every step."""
     request = {"batch_size": 2, "n_iter": 2, "seed": 30, "steps": 4}
     plugins = differential(), differential(strength=0.0), None
     batches = [paint(webui, plugin, **request) for plugin in plugins]
