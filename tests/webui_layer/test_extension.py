@@ -206,7 +206,7 @@ def test_a_request_can_be_repeated_in_the_answer(extension, value):
 def test_masks_are_kept_grey_only_while_they_are_made_and_only_where_grey_is_read(extension, asked):
     reads_grey = "differential_diffusion" in asked
     p = P()
-    p.mask_round = True
+    p.mask_round, p.image_mask = True, None
     extension.begin(p, (asked,))
     cell = copy(p)  # a grid's cell, before its host made the masks
     for one in (p, cell):
