@@ -19,12 +19,13 @@ from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
 from lib_hires.run import COND, FIRST_PASS, PERTURBED, UNCOND, Call, ModelFacts, Row, Run
-from lib_hires.sites import PerturbedAttention, Place, SelfAttention
+from lib_hires.sites import Place, SelfAttention
 from lib_hires.technique import Patch
 from lib_hires.techniques.attention import near_sighted_attention, near_sighted_tile, scale_fusion
 from lib_hires.techniques.attention.scale_fusion import FAST, FUSION, NEIGHBOURHOOD
 from lib_hires.topology import INPUT, MIDDLE, AttentionLayer, unet_topology
 from tests.attention.oracle import a_place, a_run
+from tests.attention.stand_ins import Perturbing
 from tests.bench.conftest import bench  # noqa: F401
 from tests.doubles import FakePatcher, LdmMiniUNet, PatcherMiniUNet
 from tests.hosts import test_a1111_guidance as a1111_double
@@ -125,17 +126,6 @@ def made_on_a_patcher(name, inputs, seeds, one_by_one):
 def test_a_patcher(name, composed, one_by_one):
     made = lambda inputs, seeds: made_on_a_patcher(name, inputs, seeds, one_by_one)
     assert_each_as_alone(made, drawn(patcher_double, composed=composed), patcher_double.one_of)
-
-
-class Perturbing(Patch, PerturbedAttention):
-    def perturbs(self, call):
-        return True
-
-    def perturbs_in(self, layer):
-        return layer.side == MIDDLE
-
-    def perturb(self, projections, place):
-        return 100 * projections.v
 
 
 UNETS = LdmMiniUNet(attention=True).eval(), PatcherMiniUNet(attention=True).eval()

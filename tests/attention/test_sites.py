@@ -9,9 +9,10 @@ from lib_hires.hosts.patcher_unet import PatchedUnet
 from lib_hires.noise import NoiseSchedule
 from lib_hires.plan import Plan
 from lib_hires.run import COND, FIRST_PASS, PERTURBED, Call, ModelFacts, Row, Run
-from lib_hires.sites import PerturbedAttention, RecordedAttention, SelfAttention
+from lib_hires.sites import RecordedAttention, SelfAttention
 from lib_hires.technique import Patch
 from lib_hires.topology import MIDDLE, AttentionLayer, unet_topology
+from tests.attention.stand_ins import Perturbing
 from tests.doubles import FakePatcher, LdmMiniUNet, PatcherMiniUNet
 
 LDM, PATCHER = LdmMiniUNet(attention=True).eval(), PatcherMiniUNet(attention=True).eval()
@@ -52,18 +53,6 @@ class Halves(Patch, SelfAttention):
 
     def attend(self, q, k, v, place, inner):
         return torch.cat([inner(half, k, v) for half in q.chunk(2, dim=1)], dim=1)
-
-
-class Perturbing(Patch, PerturbedAttention):
-    def perturbs(self, call):
-        return True
-
-    def perturbs_in(self, layer):
-        return layer.side == MIDDLE
-
-    def perturb(self, projections, place):
-        assert projections.v.shape[1] == place.size[0] * place.size[1], "perturbed rows meet whole maps"
-        return 100 * projections.v  # a middle block of random weights is faint
 
 
 class Recording(Patch, RecordedAttention):

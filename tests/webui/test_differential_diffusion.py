@@ -33,11 +33,6 @@ def original(webui):
     return np.asarray(scene().convert("RGB"))
 
 
-def repeats(webui, picture, again):
-    """Forge itself repeats the first picture of a kind in all but the last bits."""
-    return distance(again, picture) < (0.1 if webui.host == FORGE else 1e-9)
-
-
 def change_by_value(pictures, masks, before):
     """Mean |change| of a pixel, for every mask value from black to white."""
     grey = np.stack([np.asarray(mask) for mask in masks])
@@ -83,7 +78,8 @@ def test_every_sampler(webui, sampler):
     before, free = original(webui), paint(webui, None, Image.new("L", (SIZE, SIZE), 255), **request).picture
     assert same(on.picture[black], before[black])
     assert distance(on.picture[dark], free[dark]) > 1 and distance(on.picture[dark], before[dark]) > 1
-    assert repeats(webui, off.picture, paint(webui, **request).picture)
+    # Forge itself repeats its first picture with some samplers in all but the last bits
+    assert distance(paint(webui, **request).picture, off.picture) < (0.1 if webui.host == FORGE else 1e-9)
 
 
 def test_a_batch_and_several_in_turn(webui):
@@ -97,6 +93,7 @@ def test_a_batch_and_several_in_turn(webui):
         singles = [paint(webui, plugin, seed=30 + k, steps=4).picture for plugin in plugins]
         ours, *usual = (distance(batch.pictures[k], one) for batch, one in zip(batches, singles, strict=True))
         assert ours < 2 * max(usual) + 0.5
+        assert k or webui.host == FORGE or ours < 0.01, "the first of a batch has the noise that it has alone"
     black = (slice(None), slice(0, SIZE // BANDS))
     assert all(same(picture[black], original(webui)[black]) for picture in batches[0].pictures)
 
@@ -106,12 +103,13 @@ def test_only_masked(webui):
     grey = Image.new("L", (SIZE, SIZE), 0)
     grey.paste(150, (16, 16, 64, 64))
     request = {"mask": grey, "inpaint_full_res": True, "inpaint_full_res_padding": 8, "steps": 6}
+    paint(webui, **request)  # Forge itself repeats the first picture of a kind in all but the last bits
     off, on = paint(webui, **request), paint(webui, differential(), **request)
     assert on.acted("differential_diffusion")
     outside = np.asarray(grey) == 0
     assert same(on.picture[outside], original(webui)[outside])
     assert distance(on.picture[~outside], original(webui)[~outside]) > 1
-    assert repeats(webui, off.picture, paint(webui, **request).picture)
+    assert same(paint(webui, **request).picture, off.picture)
 
 
 @pytest.mark.parametrize("request_", [{"inpainting_mask_invert": 1}, {"mask_blur": 8}, {"inpainting_fill": 2}], ids=str)
