@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+from lib_hires.registry import TECHNIQUES
+
 from .client import same, shrink
 
 pytestmark = pytest.mark.usefixtures("faults")
 
 WHOLE = {"end": 1.0, "gradual": 0.0}
+EVERYTHING = {technique.name: {} for technique in TECHNIQUES} | {
+    "deep_shrink": WHOLE,
+    "model_sampling": {"prediction": "v"},
+}
 
 
 def clean(residue):
@@ -52,6 +58,29 @@ def test_a_fault_in_img2img(webui, unharmed):
     answer = webui.img2img(shrink(**WHOLE), fault=("raise", 2))
     assert answer.status == 500
     assert same(webui.img2img().picture, plain.picture)
+    unharmed()
+
+
+@pytest.fixture
+def small_native_size(webui):
+    """So that the tests' small pictures are above the native size for every technique."""
+    webui.set_options(hires_plus_native_size=64)
+    yield
+    webui.set_options(hires_plus_native_size=0)
+
+
+@pytest.mark.usefixtures("small_native_size")
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+@pytest.mark.parametrize(
+    ("kind", "call"), [("txt2img", 3), ("txt2img", 6), ("hires", 3), ("hires", 12), ("inpaint", 3), ("inpaint", 6)]
+)
+def test_a_fault_with_everything_on(webui, unharmed, kind, call, sampler):
+    generate, request = getattr(webui, kind), {"sampler_name": sampler, "steps": 6, "denoising_strength": 1.0}
+    plain = generate(**request)
+    answer = generate(EVERYTHING, fault=("raise", call), **request)
+    assert answer.status == 500 and "a fault made by the test extension" in answer.body
+    assert clean(webui.residue())
+    assert same(generate(**request).picture, plain.picture)
     unharmed()
 
 
